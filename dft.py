@@ -34,6 +34,7 @@ import torch.nn.functional as F
 from model import Tokens, Transformer, cap
 
 TERMS = ("tft", "lc", "et")
+CHUNK = 2 ** 26         # logits held at a time, 256 MiB in fp32: 2,097 tokens of LLaMA-2's 32,000 pieces
 
 
 @dataclass
@@ -209,7 +210,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, limit, x_grad, weight_grad):
-        chunk = max(256, 2 ** 26 // len(weight))            # logits of 256 MiB in fp32
+        chunk = max(1, CHUNK // len(weight))
         total = torch.zeros((), device=x.device)
         ctx.dx = torch.empty_like(x) if x_grad else None
         ctx.dw = torch.zeros_like(weight) if weight_grad else None

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import (Record, Tokenizer, batch_of, make_records, micro_batches, read_parallel, steps_per_epoch)
-from dft import DFT, TERMS, Method, choose_layers, lay_out
+from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
 from eval import DTYPES, compare, pick_device
 from model import Config, InputError, Tokens, Transformer, fill, save, write_json
 
@@ -393,7 +393,7 @@ def plan(a, config: Config, method: Method) -> str:
         f"gathered weights, {a.dtype}: embedding, head, 2 layers": low * (root + 2 * per_layer) * (W > 1 or low == 2),
         f"gradients before their sum, {a.dtype}: the same, 1 layer": low * (root + per_layer) * (W > 1 or low == 2),
         f"activations of {passed:,.0f} tokens" + (" (checkpointed)" if a.activation_checkpointing else ""): activations,
-        "logits of a chunk": (4 + 4 + low) * max(256 * V, 2 ** 26),
+        "logits of a chunk": (4 + 4 + low) * CHUNK,
     }
     need = sum(memory.values()) / GB
     lines = [f"{a.model}: {c.model_type}, {L} layers, {n:,} parameters ({per_layer:,} a layer), vocabulary {V:,}",
