@@ -4,7 +4,7 @@ import json
 import math
 import os
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import sentencepiece
@@ -15,7 +15,8 @@ from model import Config, InputError, read_json
 # ---------------------------------------------------------------------------------------------- tokenizers
 
 GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same behind a splitter that sets every digit apart, as SmolLM2 has it: a space before a digit stays alone.
+# The same behind a splitter that sets every digit apart, as SmolLM2 has it: a space before a digit stays
+# alone.
 GPT2_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
 LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
                 r"|\s*[\r\n]+|\s+(?!\S)|\s+")
@@ -24,9 +25,9 @@ GEMMA_CONTROL = re.compile(r"<(?=(?:mask|2mass|unused\d+|start_of_turn|end_of_tu
 
 
 class Tokenizer:
-    """The tokenizer of a model folder: tokenizer.model (sentencepiece, or LLaMA-3's tiktoken ranks), else a byte-level
-    BPE tokenizer.json. Ids equal those of transformers without special tokens, except that the text of a special
-    token is plain text here, never a control token."""
+    """The tokenizer of a model folder: tokenizer.model (sentencepiece, or LLaMA-3's tiktoken ranks), else a
+    byte-level BPE tokenizer.json. Ids equal those of transformers without special tokens, except that the
+    text of a special token is plain text here, never a control token."""
 
     def __init__(self, config: Config):
         self.bos_id, self.eos_id = config.bos_id, config.eos_ids[0]
@@ -46,13 +47,14 @@ class Tokenizer:
         elif os.path.exists(bpe):
             self._tiktoken(*read_bpe(read_json(bpe), bpe))
         else:
-            raise InputError(f"{config.folder}: found no tokenizer.model and no tokenizer.json, expected one of them")
-        # Models may have rows to spare (padding, special tokens), never rows too few; 1,024 is more than any has.
+            raise InputError(f"{config.folder}: no tokenizer.model and no tokenizer.json, expected one")
+        # Models may have rows to spare (padding, special tokens), never rows too few; 1,024 is more than any
+        # has.
         if not self.size <= config.vocab_size <= self.size + 1024:
-            raise InputError(f"{config.folder}: the tokenizer has {self.size} ids, config.json's vocab_size is "
-                             f"{config.vocab_size}: they do not belong together")
+            raise InputError(f"{config.folder}: the tokenizer has {self.size} ids, config.json's vocab_size "
+                             f"is {config.vocab_size}: they do not belong together")
         if not max(self.bos_id, *config.eos_ids) < config.vocab_size:
-            raise InputError(f"{config.folder}/config.json: bos_token_id or eos_token_id is beyond vocab_size")
+            raise InputError(f"{config.folder}/config.json: bos_token_id or eos_token_id beyond vocab_size")
 
     def _tiktoken(self, words: str, ranks: dict, ids: list):
         """ranks: {bytes: merge priority}; ids[rank] is the id of that piece."""
@@ -64,11 +66,11 @@ class Tokenizer:
         """Texts -> a list of ids each, without BOS or EOS."""
         if self.sp is None:
             ids = (self.ids[np.array(r, dtype=int)] for r in self.bpe.encode_ordinary_batch(texts))
-            return [i[i >= 0].tolist() for i in ids]    # a byte that the vocabulary lacks is left out, as transformers does
+            return [i[i >= 0].tolist() for i in ids]  # transformers, too, drops bytes that it lacks
         out = self.sp.encode(texts, num_threads=os.cpu_count())
         for n, text in enumerate(texts):
             cuts = [m.end() for m in GEMMA_CONTROL.finditer(text)]
-            if cuts and self.bos_id == 2:       # Gemma: cut behind the bracket (it has no dummy prefix to repeat)
+            if cuts and self.bos_id == 2:   # Gemma: cut behind the bracket (it has no dummy prefix to repeat)
                 out[n] = sum(self.sp.encode([text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]), [])
         return out
 
@@ -87,7 +89,7 @@ def read_ranks(blob: bytes, path: str):
     except ValueError as error:
         raise InputError(f"{path}: expected lines of base64 and a rank ({error})") from None
     if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{path}: expected the ranks 0..{len(pairs) - 1} once each, all 256 bytes among them")
+        raise InputError(f"{path}: expected the ranks 0..{len(pairs) - 1} once each, and all 256 bytes")
     return ranks, list(range(len(pairs)))
 
 
@@ -101,13 +103,13 @@ def read_bpe(spec, path: str):
             words = GPT2_DIGITS
         elif kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
             words = GPT2_WORDS
-        elif kinds == ["Split", "ByteLevel"] and parts[0]["behavior"] == "Isolated" and not parts[0].get("invert"):
-            words = parts[0]["pattern"]["Regex"]
+        elif kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == LLAMA3_WORDS:
+            words = LLAMA3_WORDS
         else:
             raise ValueError(f"pre_tokenizer {'+'.join(kinds)}")
         model = spec["model"]
-        if model.get("type", "BPE") != "BPE" or spec.get("normalizer") or parts[-1].get("add_prefix_space") or model.get(
-                "byte_fallback"):
+        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer") or (
+                parts[-1].get("add_prefix_space")):
             raise ValueError("a normalizer, a prefix space or a model other than plain BPE")
         # GPT-2's table: printable bytes stand for themselves, the others for code points from 256 on.
         plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
@@ -126,17 +128,18 @@ def read_bpe(spec, path: str):
             raise ValueError("ids out of range")
         return words, ranks, ids
     except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
-        raise InputError(f"{path}: expected a byte-level BPE as of GPT-2, SmolLM2 or LLaMA-3 ({type(error).__name__} "
-                         f"{error}); a LLaMA-2 or Gemma folder needs its tokenizer.model") from None
+        raise InputError(f"{path}: expected a byte-level BPE as of GPT-2, SmolLM2 or LLaMA-3 ("
+                         f"{type(error).__name__} {error}); LLaMA-2 and Gemma: tokenizer.model") from None
 
 
 # ---------------------------------------------------------------------------------------------- records
 
 # Stanford Alpaca's prompt; the query stands in English words whatever its language is, as in the paper.
-HEAD = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-        "\n\n### Instruction:\n")
-HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides further context. "
-                   "Write a response that appropriately completes the request.\n\n### Instruction:\n")
+HEAD = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+        "request.\n\n### Instruction:\n")
+HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
+                   "further context. Write a response that appropriately completes the request."
+                   "\n\n### Instruction:\n")
 TAIL = "\n\n### Response:"
 KEYS = ("instruction", "input", "output")
 
@@ -150,14 +153,14 @@ def prompt_text(instruction: str, input: str) -> str:
 
 @dataclass
 class Record:
-    """Token ids of one record. Prompts begin with BOS; answers end with EOS unless they were cut. The English side is
-    None for a record without one, and for methods that do not use it."""
+    """Token ids of one record. Prompts begin with BOS; answers end with EOS unless they were cut. The English
+    side is None for a record without one, and for methods that do not use it."""
     prompt: list                    # P: BOS, template and target-language query
     answer: list                    # A
     query_en: list | None = None    # X: the English query without the template, without BOS and EOS
     answer_en: list | None = None   # Y
     prompt_en: list | None = None   # P in English, for the features
-    query: tuple = (0, 0)           # where the target-language query lies in the prompt: first place, place behind
+    query: tuple = (0, 0)    # where the target-language query lies in the prompt: first place, place behind
 
 
 @dataclass
@@ -169,21 +172,21 @@ class Counts:
     cut: int = 0                    # of those kept, with an end cut off at --max_length
     empty: int = 0                  # dropped: no answer
     long: int = 0                   # dropped: the prompt left no room for an answer
-    longest: int = field(default=0, repr=False)
 
     def __str__(self):
-        return (f"{self.kept:,} of {self.read:,} records kept ({self.parallel:,} with an English side in use); "
-                f"{self.cut:,} cut at --max_length, {self.empty:,} dropped for an empty answer, "
-                f"{self.long:,} dropped since the prompt fills --max_length")
+        return (f"{self.kept:,} of {self.read:,} records kept, {self.parallel:,} with an English side; "
+                f"{self.cut:,} cut at --max_length; dropped: {self.empty:,} with an empty answer, "
+                f"{self.long:,} whose prompt fills --max_length")
 
 
 def read_rows(path: str) -> list:
-    """A JSONL file or a JSON array of objects -> [(place, object)], the place being "file:line" or "file[index]"."""
+    """A JSONL file or a JSON array of objects -> [(place, object)], the place being "file:line" or
+    "file[index]"."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a JSONL file or a JSON array of records") from None
+        raise InputError(f"{path}: {error.strerror}; expected JSONL or a JSON array of records") from None
     except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
     if text.lstrip()[:1] == "[":
@@ -201,23 +204,25 @@ def read_rows(path: str) -> list:
                     raise InputError(f"{path}:{n}: malformed JSON: {error}") from None
     for place, row in rows:
         if not isinstance(row, dict):
-            raise InputError(f"{place}: found a {type(row).__name__}, expected an object with {', '.join(KEYS)}")
+            raise InputError(f"{place}: found a {type(row).__name__}, expected an object")
     if not rows:
         raise InputError(f"{path}: no records in it")
     return rows
 
 
 def read_parallel(path: str, path_en: str | None = None) -> list:
-    """Rows of one parallel file, or of a target-language file joined with an English one: by id where every row of
-    both has one, else by place where both are equally long."""
+    """Rows of one parallel file, or of a target-language file joined with an English one: by id where every
+    row of both has one, else by place where both are equally long."""
     rows = read_rows(path)
     if path_en is None:
         return rows
     rows_en = read_rows(path_en)
     if all("id" in row for _, row in rows + rows_en):
         english = {str(row["id"]): (place, row) for place, row in rows_en}
-        if len(english) < len(rows_en):
-            raise InputError(f"{path_en}: {len(rows_en) - len(english)} ids occur more than once")
+        for file, its_rows in ((path, rows), (path_en, rows_en)):
+            repeated = len(its_rows) - len({str(row["id"]) for _, row in its_rows})
+            if repeated:
+                raise InputError(f"{file}: {repeated} ids occur more than once")
         missing = [f"{place} (id {row['id']})" for place, row in rows if str(row["id"]) not in english]
         if missing:
             raise InputError(f"{missing[0]}: no record of that id in {path_en}; {len(missing)} such in all")
@@ -225,8 +230,8 @@ def read_parallel(path: str, path_en: str | None = None) -> list:
     elif len(rows) == len(rows_en):
         pairs = [(*a, *b) for a, b in zip(rows, rows_en)]
     else:
-        raise InputError(f"{path} has {len(rows)} records and {path_en} has {len(rows_en)}: without an id in every "
-                         "record they are joined by place, and must be equally long")
+        raise InputError(f"{path} has {len(rows)} records and {path_en} has {len(rows_en)}: without an id in "
+                         "every record they are joined by place, and must be equally long")
     return [(place, {**row, **{f"{key}_en": need(place_en, row_en, key) for key in KEYS}})
             for place, row, place_en, row_en in pairs]
 
@@ -235,8 +240,8 @@ def need(place: str, row: dict, key: str) -> str:
     """row[key], which must be text."""
     value = row.get(key)
     if not isinstance(value, str):
-        raise InputError(f"{place}: {key!r} is " + ("missing" if key not in row else f"{json.dumps(value)[:40]}")
-                         + f", expected text; keys found: {', '.join(row) or 'none'}")
+        found = json.dumps(value)[:40] if key in row else "missing"
+        raise InputError(f"{place}: {key!r} is {found}, expected text; keys: {', '.join(row) or 'none'}")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:
@@ -249,20 +254,19 @@ def make_records(rows: list, tokenizer: Tokenizer, side: str, max_length: int):
 
     side  "target": target-language prompt and answer; "both": the English side as well, where a row has one;
           "english": the English side is the record (the paper's SFT), or the row itself where it has none.
-    Prompt and answer are tokenised apart and their ids concatenated, so that the answer's place is exact. Each of the
-    sequences P+A, P+X, P+Y and P_en+Y is cut to max_length at its end.
+    Prompt and answer are tokenised apart and their ids concatenated, so that the answer's place is exact.
+    Each of the sequences P+A, P+X, P+Y and P_en+Y is cut to max_length at its end.
     """
     counts, texts, parallel = Counts(read=len(rows)), [], []
     for place, row in rows:
-        has = [f"{key}_en" in row for key in KEYS]
-        if any(has) != all(has):
-            raise InputError(f"{place}: has {', '.join(f'{k}_en' for k, h in zip(KEYS, has) if h)} but not "
-                             f"{', '.join(f'{k}_en' for k, h in zip(KEYS, has) if not h)}; expected all three or none")
-        if side == "both" and not any(has) and row.get("lang", "en") != "en":
-            raise InputError(f"{place}: lang is {row['lang']!r} and the *_en keys are missing; deep supervision needs "
-                             "instruction_en, input_en and output_en (or --data_en FILE)")
+        lacks = [f"{key}_en" for key in KEYS if f"{key}_en" not in row]
+        if 0 < len(lacks) < len(KEYS):
+            raise InputError(f"{place}: {', '.join(lacks)} missing; expected all three *_en keys, or none")
+        if side == "both" and lacks and row.get("lang", "en") != "en":
+            raise InputError(f"{place}: lang is {row['lang']!r} and {', '.join(lacks)} are missing; deep "
+                             "supervision needs them (or --data_en FILE)")
         target = [need(place, row, key) for key in KEYS]
-        english = [need(place, row, f"{key}_en") for key in KEYS] if any(has) else None
+        english = None if lacks else [need(place, row, f"{key}_en") for key in KEYS]
         if side == "english":
             target, english = english or target, None
         use = english if side == "both" else None
@@ -291,13 +295,12 @@ def make_records(rows: list, tokenizer: Tokenizer, side: str, max_length: int):
         if room < 1:
             counts.long += 1
             continue
-        whole = [len(piece) for piece in (record.answer, record.query_en, record.answer_en) if piece is not None]
+        before = record.answer, record.query_en, record.answer_en
         record.answer = record.answer[:max_length - len(record.prompt)]
         if en:
             record.query_en = record.query_en[:max_length - len(record.prompt)]
             record.answer_en = record.answer_en[:room]
-        counts.cut += whole != [len(piece) for piece in (record.answer, record.query_en, record.answer_en)
-                                if piece is not None]
+        counts.cut += before != (record.answer, record.query_en, record.answer_en)
         counts.parallel += bool(en)
         records.append(record)
     counts.kept = len(records)
@@ -319,19 +322,20 @@ def steps_per_epoch(n: int, batch_size: int) -> int:
 
 
 def batch_of(step: int, n: int, batch_size: int, seed: int) -> list:
-    """Indexes of the records of a step (from 0): a pure function, so a run can begin anywhere. RandomState's stream is
-    frozen by numpy, unlike default_rng's."""
+    """Indexes of the records of a step (from 0): a pure function, so a run can begin anywhere. RandomState's
+    stream is frozen by numpy, unlike default_rng's."""
     epoch, place = divmod(step, steps_per_epoch(n, batch_size))
     order = np.random.RandomState([seed % 2 ** 32, epoch]).permutation(n)
     return order[place * batch_size:(place + 1) * batch_size].tolist()
 
 
 def micro_batches(sizes: list, budget: int, ranks: int) -> list:
-    """Places 0..len(sizes)-1 dealt into as few equally heavy micro-batches of at most `budget` tokens as can be, their
-    number a multiple of `ranks` (micro-batch m is rank m % ranks's). A record above the budget stands alone. With
-    fewer records than ranks some are empty. Tokens are laid end to end, so nothing is padded whatever the lengths."""
+    """Places 0..len(sizes)-1 dealt into as few equally heavy micro-batches of at most `budget` tokens as can
+    be, their number a multiple of `ranks` (micro-batch m is rank m % ranks's). A record above the budget
+    stands alone. With fewer records than ranks some are empty. Tokens are laid end to end, so nothing is
+    padded whatever the lengths."""
     heaviest_first = sorted(range(len(sizes)), key=lambda n: -sizes[n])
-    count = ranks * math.ceil(max(1, sum(sizes) / budget) / ranks)
+    count = ranks * math.ceil(max(1, sum(min(size, budget) for size in sizes) / budget) / ranks)
     while True:
         bins, loads = [[] for _ in range(count)], [0] * count
         for n in heaviest_first:

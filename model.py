@@ -5,11 +5,11 @@ Shapes, in every file of this project:
     R  rows        T  tokens of one row                               L  layers
     D  hidden size H  query heads   K  key/value heads   h  head size
 
-Everything that is token-wise (norms, projections, MLP, head) works on flat (N, D) tensors; attention alone needs to know
-where a row begins, and which tokens of it may see each other (class Tokens).
+Everything that is token-wise (norms, projections, MLP, head) works on flat (N, D) tensors; attention alone
+needs to know where a row begins, and which tokens of it may see each other (class Tokens).
 
-Dtypes: weights keep the dtype they are held in (fp32 when training) and act in `compute_dtype` (bf16 or fp32); norms,
-softmax and logits are computed in fp32. Modules bear the Hugging Face names, so that no table of names is needed.
+Dtypes: weights keep the dtype they are held in (fp32 when training) and act in `compute_dtype` (bf16, fp32);
+norms, softmax and logits are computed in fp32. Modules bear Hugging Face's names, so no table is needed.
 """
 import json
 import math
@@ -27,26 +27,25 @@ from torch.utils.checkpoint import checkpoint
 
 
 class InputError(Exception):
-    """A user's mistake, told in one line: what was found where, what was expected, what to do. Exit code 2."""
+    """A user's mistake, in one line: what was found where, what was expected, what to do. Exit code 2."""
 
 
-# ---------------------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------------- configuration
 
 # What transformers assumes where config.json is silent (it writes only what differs from these).
 DEFAULTS = {
-    "llama": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, tie_word_embeddings=False,
-                  bos_token_id=1, eos_token_id=2, hidden_act="silu"),
-    "gemma2": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=8192, tie_word_embeddings=True,
-                   bos_token_id=2, eos_token_id=1, hidden_activation="gelu_pytorch_tanh", head_dim=256,
-                   query_pre_attn_scalar=256, sliding_window=4096, attn_logit_softcapping=50.0,
-                   final_logit_softcapping=30.0),
+    "llama": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, bos_token_id=1,
+                  eos_token_id=2, tie_word_embeddings=False, hidden_act="silu"),
+    "gemma2": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=8192, bos_token_id=2,
+                   eos_token_id=1, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
+                   head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
+                   attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
 }
 # Fields that would change the mathematics, with the values under which they do not.
 HARMLESS = {
-    "attention_bias": (False, None), "mlp_bias": (False, None), "attention_dropout": (0, 0.0, None),
-    "quantization_config": (None,), "partial_rotary_factor": (1, 1.0, None), "pretraining_tp": (1, None),
-    "use_bidirectional_attention": (False, None), "is_encoder_decoder": (False, None), "pruned_heads": ({}, None),
-    "add_cross_attention": (False, None), "num_local_experts": (None,), "qk_norm": (False, None),
+    "attention_bias": (False, None), "mlp_bias": (False, None), "attention_dropout": (0, None),
+    "quantization_config": (None,), "partial_rotary_factor": (1, None), "pretraining_tp": (1, None),
+    "use_bidirectional_attention": (False, None), "qk_norm": (False, None), "num_local_experts": (None,),
 }
 
 
@@ -70,7 +69,7 @@ class Config:
     attn_cap: float | None          # cap * tanh(score / cap), Gemma-2: 50
     final_cap: float | None         # the same on logits, Gemma-2: 30
     windows: tuple                  # per layer: how far back a token sees, None for all the way
-    gemma: bool                     # (1 + w) norms, a norm after each half-block too, scaled embeddings, GeGLU
+    gemma: bool                     # (1 + w) norms, two more of them a layer, scaled embeddings, GeGLU
     bos_id: int
     eos_ids: tuple                  # the first is the one that training teaches
     raw: dict                       # config.json as it was read, for save()
@@ -84,52 +83,51 @@ class Config:
         if not isinstance(raw, dict):
             raise InputError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
         family = raw.get("model_type")
-        if family not in DEFAULTS:
+        if not isinstance(family, str) or family not in DEFAULTS:
             raise InputError(f"{path}: model_type is {family!r}, expected one of {', '.join(DEFAULTS)}")
-        c = {**DEFAULTS[family], **raw}
-        rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}    # transformers 4 and 5
-        kind = rope.get("rope_type", rope.get("type", "default"))
-        refused = [f"{key}={c[key]!r}" for key, fine in HARMLESS.items() if key in c and c[key] not in fine]
-        refused += [f"rope type {kind!r}"] if kind not in ("default", "llama3") else []
-        act = c.get("hidden_activation") or c.get("hidden_act")
-        if act != DEFAULTS[family].get("hidden_activation", "silu"):
-            refused.append(f"activation {act!r}")
-        if family == "llama" and c.get("sliding_window"):
-            refused.append(f"sliding_window={c['sliding_window']!r}")
-        if refused:
-            raise InputError(f"{path}: this model needs {', '.join(refused)}, which is not implemented here")
+        c, gemma = {**DEFAULTS[family], **raw}, family == "gemma2"
         try:
-            heads, layers, hidden = (whole(c, k) for k in ("num_attention_heads", "num_hidden_layers", "hidden_size"))
-            head_dim = whole(c, "head_dim") if c.get("head_dim") else hidden // heads
-            kinds = c.get("layer_types") or ["sliding_attention" if k % 2 == 0 else "full_attention"
-                                             for k in range(layers)]
+            rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}   # transformers 4, 5
+            kind = rope.get("rope_type", rope.get("type", "default"))
+            act = (c.get("hidden_activation") or c.get("hidden_act")) if gemma else c["hidden_act"]
+            refused = [f"{k}={c[k]!r}" for k, fine in HARMLESS.items() if k in c and c[k] not in fine]
+            refused += [f"rope type {kind!r}"] if kind not in ("default", "llama3") else []
+            refused += [f"activation {act!r}"] if act != ("gelu_pytorch_tanh" if gemma else "silu") else []
+            refused += ["sliding_window"] if c.get("sliding_window") and not gemma else []
+            if refused:
+                raise InputError(f"{path}: needs {', '.join(refused)}, which is not implemented here")
+            layers, heads = whole(c, "num_hidden_layers"), whole(c, "num_attention_heads")
+            head_dim = whole(c, "head_dim") if c.get("head_dim") else whole(c, "hidden_size") // heads
+            kinds = c.get("layer_types") or ["sliding_attention", "full_attention"] * layers
             eos = c["eos_token_id"]
             config = cls(
-                model_type=family, vocab_size=whole(c, "vocab_size"), hidden_size=hidden,
+                model_type=family, vocab_size=whole(c, "vocab_size"), hidden_size=whole(c, "hidden_size"),
                 intermediate_size=whole(c, "intermediate_size"), num_layers=layers, num_heads=heads,
                 num_kv_heads=whole(c, "num_key_value_heads") if c.get("num_key_value_heads") else heads,
                 head_dim=head_dim, norm_eps=float(c["rms_norm_eps"]),
                 rope_theta=float(rope.get("rope_theta", c["rope_theta"])),
-                rope_scaling={k: float(rope[k]) for k in ("factor", "low_freq_factor", "high_freq_factor",
-                              "original_max_position_embeddings")} if kind == "llama3" else None,
-                max_positions=whole(c, "max_position_embeddings"), tie_embeddings=bool(c["tie_word_embeddings"]),
-                attn_scale=float(c.get("query_pre_attn_scalar", head_dim)) ** -0.5,
+                rope_scaling=None if kind == "default" else {key: float(rope[key]) for key in (
+                    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")},
+                max_positions=whole(c, "max_position_embeddings"),
+                tie_embeddings=bool(c["tie_word_embeddings"]),
+                attn_scale=float(c["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
                 attn_cap=c.get("attn_logit_softcapping"), final_cap=c.get("final_logit_softcapping"),
-                windows=tuple(c["sliding_window"] if family == "gemma2" and kinds[k] == "sliding_attention" else None
-                              for k in range(layers)),
-                gemma=family == "gemma2", bos_id=int(c["bos_token_id"]),
-                eos_ids=tuple(int(e) for e in (eos if isinstance(eos, list) else [eos])), raw=raw, folder=folder)
-        except (KeyError, TypeError, ValueError, IndexError, ZeroDivisionError, OverflowError) as error:
-            raise InputError(f"{path}: {type(error).__name__} {error}: a key is missing or of the wrong kind") from None
+                windows=tuple(whole(c, "sliding_window") if gemma and kind == "sliding_attention" else None
+                              for kind in (kinds[k] for k in range(layers))),
+                gemma=gemma, bos_id=int(c["bos_token_id"]),
+                eos_ids=tuple(map(int, eos if isinstance(eos, list) else [eos])), raw=raw, folder=folder)
+        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
+            raise InputError(f"{path}: a key is missing or wrong: {type(error).__name__} {error}") from None
         if heads % config.num_kv_heads or head_dim % 2 or not config.eos_ids:
-            raise InputError(f"{path}: {heads} heads over {config.num_kv_heads} key/value heads of size {head_dim}, "
-                             f"end tokens {list(config.eos_ids)}: expected whole groups, an even size, an end token")
+            raise InputError(f"{path}: {heads} heads over {config.num_kv_heads} key/value heads of "
+                             f"size {head_dim}, end tokens {config.eos_ids}: expected whole groups, an even "
+                             "size, and an end token")
         return config
 
 
 def whole(c: dict, key: str) -> int:
-    """c[key] as a positive whole number of a sane size."""
-    if isinstance(c[key], bool) or not isinstance(c[key], int) or not 0 < c[key] < 2 ** 31:
+    """c[key], a positive whole number of a sane size."""
+    if type(c[key]) is not int or not 0 < c[key] < 2 ** 31:
         raise ValueError(f"{key} is {c[key]!r}, expected a positive whole number")
     return c[key]
 
@@ -145,42 +143,40 @@ def read_json(path: str):
         raise InputError(f"{path}: not JSON ({error})") from None
 
 
-# ---------------------------------------------------------------------------------------------- the tokens of a pass
+# ------------------------------------------------------------------------------------------- tokens of a pass
 
 class Tokens:
     """The tokens of one forward pass: rows laid end to end, each a trunk with branches.
 
-    rows  R lists of segments (ids, depth). Segment 0 is the trunk; each later segment is a branch that continues the
-          trunk: its positions go on where the trunk ends, and it sees the trunk and its own earlier tokens, never
-          another branch. A token with depth d takes part in layers 1..d and then leaves the stream, so depths must
-          not grow within a trunk's branches beyond the trunk's own.
+    rows  R lists of segments (ids, depth). Segment 0 is the trunk; each later segment is a branch that
+          continues the trunk: its positions go on where the trunk ends, and it sees the trunk and its own
+          earlier tokens, never another branch. A token of depth d takes part in layers 1..d and then leaves.
 
-    ids, pos, row, seg, depth: (N,) int64 on the CPU. starts[r][s]: the flat place where segment s of row r begins.
+    ids, pos, row, seg, depth: (N,) int64 on the CPU. starts[r][s]: the place where segment s of row r begins.
     """
 
     def __init__(self, rows: list):
         ids, pos, row, seg, depth, self.starts = [], [], [], [], [], []
         for r, segments in enumerate(rows):
-            trunk, trunk_depth = segments[0]
             self.starts.append([])
             for s, (piece, d) in enumerate(segments):
-                assert d <= trunk_depth, "a branch cannot outlive its trunk"
-                self.starts[-1].append(len(ids))
-                first = len(trunk) if s else 0
+                assert d <= segments[0][1], "a branch cannot outlive its trunk"
+                self.starts[r].append(len(ids))
+                first = len(segments[0][0]) if s else 0
                 ids += piece
                 pos += range(first, first + len(piece))
                 row += [r] * len(piece)
                 seg += [s] * len(piece)
                 depth += [d] * len(piece)
-        self.ids, self.pos, self.row, self.seg, self.depth = (torch.tensor(t, dtype=torch.long)
-                                                              for t in (ids, pos, row, seg, depth))
+        self.ids, self.pos, self.row, self.seg, self.depth = (
+            torch.tensor(t, dtype=torch.long) for t in (ids, pos, row, seg, depth))
 
     @classmethod
     def plain(cls, rows: list, depth: int) -> "Tokens":
         """Rows of ids without branches, all of them `depth` layers deep."""
         return cls([[(ids, depth)] for ids in rows])
 
-    def at(self, places: torch.Tensor, layer: int) -> torch.Tensor:
+    def at(self, places, layer: int):
         """Flat places (n,) -> their places among the tokens that are still in the stream after `layer`."""
         return ((self.depth >= layer).cumsum(0) - 1)[places]
 
@@ -189,21 +185,22 @@ class Stage:
     """What the layers from `first` up to the next exit need to know of the tokens that pass through them."""
 
     def __init__(self, tokens: Tokens, first: int, config: Config, device, cache=None):
-        self.keep = (tokens.depth >= first).nonzero().squeeze(1)    # (n,) flat places, on the CPU
+        self.keep = (tokens.depth >= first).nonzero().squeeze(1)            # (n,) flat places, on the CPU
         pos, row, seg = (t[self.keep] for t in (tokens.pos, tokens.row, tokens.seg))
-        self.lengths = torch.bincount(row).tolist()                 # n tokens in rows of these lengths
-        self.cos, self.sin = rotation(config, pos, device)          # (n, 1, h) each
+        self.lengths = torch.bincount(row).tolist()                        # n tokens in rows of these lengths
+        self.cos, self.sin = rotation(config, pos, device)                  # (n, 1, h) each
         self.masks = {window: [row_mask(p, s, window, device) for p, s in
                                zip(pos.split(self.lengths), seg.split(self.lengths))]
-                      for window in set(config.windows)}            # window -> a mask for each row
+                      for window in set(config.windows)}                    # window -> a mask for each row
         self.row, self.pos, self.cache = row.to(device), pos.to(device), cache
 
 
 def row_mask(pos, seg, window, device):
-    """(T,) positions and segments of one row -> (T, T) bool, True where a query (row) sees a key (column).
+    """Positions and segments (T,) of one row -> (T, T) bool, True where a query (row) sees a key (column);
     None stands for plain causal attention, which needs no mask."""
-    if len(seg) == 0 or (not seg.any() or seg.max() == seg[seg > 0].min()) and (window is None or pos[-1] < window):
-        return None                                                 # at most one branch: the row is a plain sequence
+    one_sequence = len(seg[seg > 0].unique()) <= 1                          # a trunk with at most one branch
+    if one_sequence and (window is None or len(pos) <= window):
+        return None
     order = torch.arange(len(pos))
     mask = (order[:, None] >= order) & ((seg == 0) | (seg[:, None] == seg))
     return (mask if window is None else mask & (pos[:, None] - pos < window)).to(device)
@@ -211,43 +208,25 @@ def row_mask(pos, seg, window, device):
 
 def rotation(config: Config, pos, device):
     """RoPE (Su et al. 2021) for positions (n,): cos and sin, each (n, 1, h) in fp32."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2, dtype=torch.float32) / config.head_dim)
-    if config.rope_scaling:             # LLaMA-3.1: wavelengths beyond the first context are stretched, with a ramp
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling:    # LLaMA-3.1: wavelengths beyond the first context are stretched, with a ramp
         s = config.rope_scaling
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * ramp + freq / s["factor"] * (1 - ramp)
-    angle = (pos[:, None].float() * freq).repeat(1, 2)[:, None]     # (n, 1, h): both halves turn alike
+    angle = (pos[:, None].float() * freq).repeat(1, 2)[:, None]             # (n, 1, h): the halves turn alike
     return angle.cos().to(device), angle.sin().to(device)
 
 
-class Cache:
-    """Keys and values of R rows for generation: per layer (R, K, S, h), each row at its own positions."""
-
-    def __init__(self, config: Config, rows: int, size: int, device, dtype):
-        shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-
-    def put(self, layer: int, row, pos, k, v):
-        """Store k, v (n, K, h) of one layer at (row, pos), both (n,)."""
-        self.k[layer, row, :, pos] = k
-        self.v[layer, row, :, pos] = v
-
-    def keep(self, rows):
-        """Drop all rows but these (n,)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
-
-
-# ---------------------------------------------------------------------------------------------- the decoder
+# ------------------------------------------------------------------------------------------- the decoder
 
 class Transformer(nn.Module):
     """The decoder. `compute_dtype` None means the dtype of the weights themselves."""
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config = config
-        self.compute_dtype = None
+        self.config, self.compute_dtype = config, None
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, k) for k in range(config.num_layers))
         self.norm = RMSNorm(config)
@@ -259,21 +238,21 @@ class Transformer(nn.Module):
         """W_out, (V, D)."""
         return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tokens, taps: tuple, cache: Cache | None = None) -> dict:
-        """{k: the residual stream after layer k, (N_k, D)} for each k of taps.
+    def forward(self, tokens: Tokens, taps: tuple, cache=None) -> dict:
+        """{k: the residual stream after layer k, (N_k, D) in the compute dtype} for each k of taps.
 
-        0 is the embeddings, L the stream before the final norm. N_k counts the tokens whose depth is at least k, in
-        their order in `tokens` (Tokens.at translates places). No layer above max(taps) is run.
+        0 is the embeddings, L the stream before the final norm. N_k counts the tokens whose depth is at least
+        k, in their order in `tokens` (Tokens.at translates places). No layer above max(taps) is run.
         """
-        x = self.embed(tokens.ids)                                              # (N, D)
+        x = self.embed(tokens.ids)                                          # (N, D)
         out = {0: x} if 0 in taps else {}
         top, below = max(taps), 0
         for last in sorted({d for d in tokens.depth.tolist() if 0 < d < top} | ({top} - {0})):
             stage = Stage(tokens, below + 1, self.config, x.device, cache)
-            if len(stage.keep) < len(x):                        # those whose depth is reached leave the stream
+            if len(stage.keep) < len(x):                    # those whose depth is reached leave the stream
                 x = x[tokens.at(stage.keep, below).to(x.device)]
             for k in range(below + 1, last + 1):
-                x = self.layers[k - 1](x, stage)                # (N_k, D)
+                x = self.layers[k - 1](x, stage)            # (N_k, D)
                 if k in taps:
                     out[k] = x
             below = last
@@ -288,8 +267,7 @@ class Transformer(nn.Module):
     def logits(self, x):
         """Residual stream (n, D) -> logits (n, V) in fp32: final norm, head, cap."""
         x = self.norm(x)
-        x = F.linear(x, self.head_weight.to(x.dtype)).float()
-        return cap(x, self.config.final_cap)
+        return cap(F.linear(x, self.head_weight.to(x.dtype)).float(), self.config.final_cap)
 
 
 class Layer(nn.Module):
@@ -307,13 +285,13 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(config)
             self.post_feedforward_layernorm = RMSNorm(config)
 
-    def forward(self, x, stage: Stage):                                         # (n, D) -> (n, D)
+    def forward(self, x, stage: Stage):                                     # (n, D) -> (n, D)
         if self.checkpointing and torch.is_grad_enabled():
             return checkpoint(self.block, x, stage, use_reentrant=False)
         return self.block(x, stage)
 
     def block(self, x, stage: Stage):
-        if self.gemma:                  # post_attention_layernorm is, as its name says, after attention
+        if self.gemma:                  # here post_attention_layernorm is, as its name says, after attention
             x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), stage))
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = x + self.self_attn(self.input_layernorm(x), stage)
@@ -330,21 +308,20 @@ class Attention(nn.Module):
         self.q_proj, self.o_proj = Linear(D, H * h), Linear(H * h, D)
         self.k_proj, self.v_proj = Linear(D, K * h), Linear(D, K * h)
 
-    def forward(self, x, stage: Stage):                                         # (n, D) -> (n, D)
-        c = self.config
-        q = rotate(self.q_proj(x).view(-1, c.num_heads, c.head_dim), stage)     # (n, H, h)
-        k = rotate(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), stage)  # (n, K, h)
-        v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)                 # (n, K, h)
-        window = c.windows[self.index]
+    def forward(self, x, stage: Stage):                                     # (n, D) -> (n, D)
+        c, masks = self.config, stage.masks[self.config.windows[self.index]]
+        q = rotate(self.q_proj(x).view(-1, c.num_heads, c.head_dim), stage)         # (n, H, h)
+        k = rotate(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), stage)      # (n, K, h)
+        v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)                     # (n, K, h)
         if stage.cache is not None:
             stage.cache.put(self.index, stage.row, stage.pos, k, v)
         if isinstance(stage, Step):     # one new token a row, against all that the cache holds of that row
-            k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))   # (R, K, S, h)
-            out = attend(q[:, :, None], k, v, stage.masks[window], c)                           # (R, H, 1, h)
+            k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))
+            out = attend(q[:, :, None], k, v, masks, c)     # q (R, H, 1, h), k and v (R, K, S, h)
         else:                           # row by row: no padding, and no token sees another row
-            rows = zip(*(t.transpose(0, 1)[None].split(stage.lengths, dim=2) for t in (q, k, v)),
-                       stage.masks[window])                                     # (1, H or K, T, h) of each row
-            out = torch.cat([attend(q, k, v, mask, c) for q, k, v, mask in rows], dim=2)[0].transpose(0, 1)
+            rows = zip(*(t.transpose(0, 1)[None].split(stage.lengths, dim=2) for t in (q, k, v)), masks)
+            out = [attend(q, k, v, mask, c) for q, k, v, mask in rows]                    # (1, H, T, h) each
+            out = torch.cat(out, dim=2)[0].transpose(0, 1)                                  # (n, H, h)
         return self.o_proj(out.reshape(len(x), -1))
 
 
@@ -355,10 +332,10 @@ def rotate(x, stage: Stage):
 
 
 def attend(q, k, v, mask, config: Config):
-    """q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h). mask: bool, broadcast to (B, H, T, S); None is causal."""
+    """q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h). mask: bool for (B, H, T, S), or None: causal."""
     if config.attn_cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None, scale=config.attn_scale,
-                                              enable_gqa=q.shape[1] != k.shape[1])
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                              scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1])
     k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
     scores = cap((q @ k.transpose(2, 3)).float() * config.attn_scale, config.attn_cap)          # (B, H, T, S)
     if mask is None:
@@ -380,28 +357,28 @@ class MLP(nn.Module):
         self.gemma = config.gemma
         self.gate_proj, self.up_proj, self.down_proj = Linear(D, M), Linear(D, M), Linear(M, D)
 
-    def forward(self, x):                                                       # (n, D) -> (n, D)
+    def forward(self, x):                                                   # (n, D) -> (n, D)
         gate = self.gate_proj(x)
         gate = F.gelu(gate, approximate="tanh") if self.gemma else F.silu(gate)
         return self.down_proj(gate * self.up_proj(x))
 
 
 class RMSNorm(nn.Module):
-    """x / rms(x) * w in fp32, w being stored as w - 1 by Gemma-2."""
+    """x / rms(x) * w in fp32; Gemma-2 stores w - 1. frozen: the weight gets no gradient."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.offset, self.eps = float(config.gemma), config.norm_eps
         self.weight = nn.Parameter(torch.full((config.hidden_size,), 1.0 - self.offset))
 
-    def forward(self, x, frozen: bool = False):                                 # (n, D) -> (n, D)
+    def forward(self, x, frozen: bool = False):                             # (n, D) -> (n, D)
         w = self.weight.detach() if frozen else self.weight
-        w = w.to(x.dtype).float() + self.offset
+        w = w.to(x.dtype).float() + self.offset     # through the compute dtype, as a sharded model holds it
         return F.rms_norm(x.float(), w.shape, w, self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A bias-free linear map that acts in the dtype of its input (its weight may be an fp32 master copy)."""
+    """A linear map without bias, in the dtype of its input (its weight may be an fp32 master copy)."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -410,97 +387,111 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# ---------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------- generation
+
+class Cache:
+    """Keys and values of R rows for generation: (L, R, K, S, h) each, every row at its own positions."""
+
+    def __init__(self, config: Config, rows: int, size: int, device, dtype):
+        shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
+        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+
+    def put(self, layer: int, row, pos, k, v):
+        """Store k and v (n, K, h) of one layer at (row, pos), both (n,)."""
+        self.k[layer, row, :, pos], self.v[layer, row, :, pos] = k, v
+
+    def keep(self, rows):
+        """Drop all rows but these (n,)."""
+        self.k, self.v = self.k[:, rows], self.v[:, rows]
+
 
 class Step(Stage):
     """The stage of one decoding step: one token of each of R rows, at positions pos (R,)."""
 
     def __init__(self, pos, config: Config, cache: Cache):
-        self.row, self.pos, self.cache, self.size = torch.arange(len(pos), device=pos.device), pos, cache, int(pos.max()) + 1
-        self.cos, self.sin = rotation(config, pos.cpu(), pos.device)
-        past = torch.arange(self.size, device=pos.device)
-        self.masks = {w: ((past <= pos[:, None]) & ((w is None) | (pos[:, None] - past < (w or 0))))[:, None, None]
-                      for w in set(config.windows)}                             # (R, 1, 1, S)
+        self.row, self.pos, self.cache, self.size = torch.arange(len(pos)), pos, cache, int(pos.max()) + 1
+        self.cos, self.sin = rotation(config, pos, cache.k.device)
+        back = pos[:, None] - torch.arange(self.size)                    # (R, S): how far back each key lies
+        self.masks = {window: ((back >= 0) & (back < (window or torch.inf)))[:, None, None].to(cache.k.device)
+                      for window in set(config.windows)}                    # (R, 1, 1, S)
 
 
 @torch.no_grad()
 def generate(model: Transformer, prompts: list, max_new_tokens: int, stop: tuple = ()) -> list:
     """Greedy continuations of R prompts (lists of ids), each a list of at most max_new_tokens ids.
 
-    A row ends before one of the ids in `stop` (default: the model's end tokens), or when the model's last position is
-    taken. Finished rows leave the batch.
+    A row ends before one of the ids in `stop` (default: the model's end tokens), or when the model's last
+    position is taken. Finished rows leave the batch.
     """
     c, device = model.config, model.embed_tokens.weight.device
-    stop = set(stop or c.eos_ids)
-    if not all(0 < len(p) < c.max_positions for p in prompts):
-        raise InputError(f"a prompt has {max(map(len, prompts), default=0)} tokens; this model takes 1 to {c.max_positions - 1}")
-    tokens = Tokens.plain(prompts, c.num_layers)
-    size = min(max(map(len, prompts)) + max_new_tokens, c.max_positions)
+    lengths, stop = [len(p) for p in prompts], set(stop or c.eos_ids)
+    if not all(0 < n < c.max_positions for n in lengths):
+        raise InputError(f"a prompt has {max(lengths)} tokens and one {min(lengths)}; this model takes 1 to "
+                         f"{c.max_positions - 1}")
+    size = min(max(lengths, default=0) + max_new_tokens, c.max_positions)
     cache = Cache(c, len(prompts), size, device, model.compute_dtype or model.embed_tokens.weight.dtype)
-    ends = torch.tensor([len(p) for p in prompts])
-    x = model(tokens, (c.num_layers,), cache)[c.num_layers][(ends.cumsum(0) - 1).to(device)]    # (R, D)
-    out, alive, pos = [[] for _ in prompts], list(range(len(prompts))), ends.to(device)
-    while True:
-        new = model.logits(x).argmax(-1)                                        # (R,)
-        going = []
+    out, alive, pos = [[] for _ in prompts], list(range(len(prompts))), torch.tensor(lengths)
+    x = model(Tokens.plain(prompts, c.num_layers), (c.num_layers,), cache)[c.num_layers] if prompts else None
+    x = x[(pos.cumsum(0) - 1).to(device)] if prompts else None        # (R, D): the last token of each prompt
+    while alive:
+        new, going = model.logits(x).argmax(-1), []                         # (R,)
         for slot, (r, token) in enumerate(zip(alive, new.tolist())):
             if token not in stop and len(out[r]) < max_new_tokens:
                 out[r].append(token)
-                if len(out[r]) < max_new_tokens and len(prompts[r]) + len(out[r]) < size:
+                if len(out[r]) < max_new_tokens and lengths[r] + len(out[r]) < size:
                     going.append(slot)
-        if not going:
-            return out
         if len(going) < len(alive):
-            kept = torch.tensor(going, device=device)
-            cache.keep(kept)
-            alive, new, pos = [alive[s] for s in going], new[kept], pos[kept]
-        stage = Step(pos, c, cache)
-        x = model.embed(new)
-        for layer in model.layers:
-            x = layer(x, stage)
-        pos = pos + 1
+            alive, new, pos = [alive[slot] for slot in going], new[going], pos[going]
+            cache.keep(going)
+        if alive:
+            stage, x = Step(pos, c, cache), model.embed(new)
+            for layer in model.layers:
+                x = layer(x, stage)                                         # (R, D)
+            pos = pos + 1
+    return out
 
 
-# ---------------------------------------------------------------------------------------------- weights in and out
+# ------------------------------------------------------------------------------------------- weights
 
-CARRIED = ("generation_config.json", "tokenizer.model", "tokenizer.json", "tokenizer_config.json", "added_tokens.json",
-           "special_tokens_map.json", "vocab.json", "merges.txt", "chat_template.jinja", "LICENSE", "LICENSE.txt", "NOTICE")
+CARRIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+           "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "generation_config.json")
 
 
 def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
     """The model of a Hugging Face folder, its weights held in dtype. Peak memory: the weights and 16 MiB."""
-    config = Config.read(folder)
     with torch.device("meta"):
-        model = Transformer(config).to(dtype)
+        model = Transformer(Config.read(folder)).to(dtype)
     return fill(model.to_empty(device=device), folder)
 
 
 def fill(model: Transformer, folder: str) -> Transformer:
-    """Copy the safetensors weights of a folder into a model's parameters, plain or sharded (each rank reads its own
-    rows only). InputError names missing, unexpected, mis-shaped and unreadable tensors."""
-    where = weight_files(folder)                                                # tensor name -> (file, shape, dtype)
+    """Copy the safetensors weights of a folder into a model's parameters, plain or sharded (a rank reads its
+    own rows only). InputError names missing, unexpected, mis-shaped and unreadable tensors."""
+    found = weight_files(folder)                                        # tensor name -> (file, shape, dtype)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    extra = {n for n in where if n not in wanted and not n.endswith("rotary_emb.inv_freq")}    # an old buffer
-    if model.config.tie_embeddings and "lm_head.weight" in extra and same_tensor(where, "lm_head.weight", hf_name("embed_tokens.weight")):
-        extra.remove("lm_head.weight")                                          # a tied head written out once more
-    wrong = [f"missing {n}" for n in wanted if n not in where] + [f"unexpected {n}" for n in sorted(extra)]
-    wrong += [f"{n} is {where[n][1]} where {list(p.shape)} was expected" for n, p in wanted.items()
-              if n in where and where[n][1] != list(p.shape)]
-    wrong += [f"{n} is {where[n][2]}" for n in wanted if n in where and where[n][2] not in ("F32", "F16", "BF16")]
+    extra = {n for n in found if n not in wanted and not n.endswith("rotary_emb.inv_freq")}    # an old buffer
+    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
+    if model.config.tie_embeddings and head in extra and same(found, head, embedding):
+        extra.remove(head)                                                # a tied head, written out once more
+    wrong = [f"missing {n}" for n in wanted if n not in found] + [f"unexpected {n}" for n in sorted(extra)]
+    for n, p in wanted.items():
+        _, shape, kind = found.get(n, (None, list(p.shape), "F32"))
+        wrong += [f"{n} is {shape}, expected {list(p.shape)}"] if shape != list(p.shape) else []
+        wrong += [f"{n} is {kind}, expected floats"] if kind not in ("F32", "F16", "BF16") else []
     if wrong:
-        raise InputError(f"{folder}: weights do not fit config.json: {'; '.join(wrong[:5])}"
-                         + (f" and {len(wrong) - 5} more" if len(wrong) > 5 else ""))
+        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise InputError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
     for name, p in wanted.items():
         local, first = p.detach(), 0
-        if isinstance(local, DTensor):          # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
-            dim = [place.is_shard() for place in local.placements].index(True)
-            mesh, local = local.device_mesh, local.to_local()
-            first = min(mesh.get_local_rank(dim) * -(-p.shape[0] // mesh.size(dim)), p.shape[0])
-        step = max(1, 2 ** 24 // max(1, 4 * p[0].numel()))                      # rows in 16 MiB
+        if isinstance(local, DTensor):    # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
+            dim = [place.is_shard() for place in p.placements].index(True)
+            first = p.device_mesh.get_local_rank(dim) * -(-p.shape[0] // p.device_mesh.size(dim))
+            local = local.to_local()
+        step = max(1, 2 ** 22 // p[0].numel())                              # rows in 16 MiB of fp32
         for a in range(0, len(local), step):
-            n = min(step, len(local) - a)
-            with open_weights(where[name][0]) as file:  # opened anew each time: mapped pages count as ours till closed
-                local[a:a + n].copy_(file.get_slice(name)[first + a:first + a + n])
+            b = min(a + step, len(local))
+            with open_weights(found[name][0]) as file:    # anew: mapped pages count as ours till it is closed
+                local[a:b].copy_(file.get_slice(name)[first + a:first + b])
     return model
 
 
@@ -518,22 +509,22 @@ def open_weights(path: str):
 
 
 def weight_files(folder: str) -> dict:
-    """{tensor name: (file, shape, dtype)} over all safetensors files of a folder, headers only."""
+    """{tensor name: (file, shape, dtype)} over the safetensors files of a folder, from their headers."""
     if not os.path.isdir(folder):
         raise InputError(f"{folder}: no such folder; expected a Hugging Face model folder")
-    index = os.path.join(folder, "model.safetensors.index.json")
-    files = ["model.safetensors"]
+    index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
     if os.path.exists(index):
-        weight_map = read_json(index)
-        weight_map = weight_map.get("weight_map") if isinstance(weight_map, dict) else None
-        if not isinstance(weight_map, dict) or not weight_map or not all(
-                isinstance(f, str) and f == os.path.basename(f) and f.endswith(".safetensors") for f in weight_map.values()):
+        spec = read_json(index)
+        names = list(spec["weight_map"].values()) if isinstance(spec, dict) and isinstance(
+            spec.get("weight_map"), dict) else []
+        if not names or not all(isinstance(f, str) and f == os.path.basename(f) and f.endswith(".safetensors")
+                                for f in names):
             raise InputError(f"{index}: expected a weight_map of tensor names to safetensors files beside it")
-        files = sorted(set(weight_map.values()))
+        files = sorted(set(names))
     elif not os.path.exists(os.path.join(folder, files[0])):
-        pickles = [f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pt", ".pth", ".ckpt", ".pkl"))]
-        raise InputError(f"{folder}: no model.safetensors in it" + (
-            f"; {pickles[0]} is a pickle, which can run code and is never loaded: convert it to safetensors" if pickles else ""))
+        pickle = [f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
+        hint = " is a pickle, which can run code and is never loaded: convert it to safetensors"
+        raise InputError(f"{folder}: no model.safetensors in it" + (f"; {pickle[0]}{hint}" if pickle else ""))
     found = {}
     for file in (os.path.join(folder, f) for f in files):
         with open_weights(file) as opened:
@@ -541,61 +532,59 @@ def weight_files(folder: str) -> dict:
                 piece = opened.get_slice(name)
                 if name in found:
                     raise InputError(f"{file}: {name} is in {found[name][0]} as well")
-                found[name] = (file, list(piece.get_shape()), piece.get_dtype())
+                found[name] = file, list(piece.get_shape()), piece.get_dtype()
     return found
 
 
-def same_tensor(where: dict, a: str, b: str) -> bool:
+def same(found: dict, a: str, b: str) -> bool:
     """Whether two stored tensors are equal."""
-    if b not in where or where[a][1:] != where[b][1:]:
+    if b not in found or found[a][1:] != found[b][1:]:
         return False
-    with open_weights(where[a][0]) as one, open_weights(where[b][0]) as other:
+    with open_weights(found[a][0]) as one, open_weights(found[b][0]) as other:
         return torch.equal(one.get_tensor(a), other.get_tensor(b))
 
 
 def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 ** 9) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load: config, generation config, the tokenizer files of the
-    folder that the model came from, and weights in shards of at most shard_bytes, held in dtype (default: the model's).
-
-    All ranks call it, rank 0 writes; it holds one shard at a time. The folder appears under its name when it is whole.
+    """Write a Hugging Face folder that transformers and vLLM load: config, generation config, the tokenizer
+    files of the folder that the model came from, and weights in dtype (default: the model's), in shards of at
+    most shard_bytes. All ranks call it; rank 0 writes, holding one shard at a time. The folder bears its name
+    only when it is whole.
     """
-    params = list(model.named_parameters())
+    params, c = list(model.named_parameters()), model.config
     dtype = dtype or params[0][1].dtype
-    plan, size = [[]], 0
+    shards, size = [[]], 0
     for name, p in params:
-        n = p.numel() * dtype.itemsize
-        if plan[-1] and size + n > shard_bytes:
-            plan.append([])
-            size = 0
-        plan[-1].append((name, p))
-        size += n
+        size += p.numel() * dtype.itemsize
+        if shards[-1] and size > shard_bytes:
+            shards.append([])
+            size = p.numel() * dtype.itemsize
+        shards[-1].append((name, p))
     writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    part = folder.rstrip("/") + ".partial"
+    part, weight_map = folder.rstrip("/") + ".partial", {}
     if writer:
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-    weight_map = {}
-    for s, shard in enumerate(plan):
-        file = "model.safetensors" if len(plan) == 1 else f"model-{s + 1:05d}-of-{len(plan):05d}.safetensors"
-        state = {}
+    for s, shard in enumerate(shards, 1):
+        file, state = f"model-{s:05d}-of-{len(shards):05d}.safetensors", {}
+        file = "model.safetensors" if len(shards) == 1 else file
         for name, p in shard:
-            full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()   # a collective: on all ranks
+            full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()   # on all ranks
             if writer:
-                state[hf_name(name)] = full.to("cpu", dtype).contiguous()
-                weight_map[hf_name(name)] = file
+                state[hf_name(name)], weight_map[hf_name(name)] = full.to("cpu", dtype).contiguous(), file
         if writer:
             save_file(state, os.path.join(part, file), metadata={"format": "pt"})
+            os.chmod(os.path.join(part, file), 0o644)       # safetensors makes it the owner's alone
     if not writer:
         return
-    c = model.config
     raw = {"architectures": ["Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"], **c.raw,
            "torch_dtype": str(dtype).removeprefix("torch.")}
-    raw.pop("dtype", None)              # what transformers 5 calls torch_dtype; both versions read the old name
+    raw.pop("dtype", None)                            # transformers 5's name for it; 4 and 5 read the old one
     write_json(raw, os.path.join(part, "config.json"))
-    write_json(dict(bos_token_id=c.bos_id, eos_token_id=list(c.eos_ids)), os.path.join(part, "generation_config.json"))
-    if len(plan) > 1:
-        write_json(dict(metadata=dict(total_size=sum(p.numel() for _, p in params) * dtype.itemsize), weight_map=weight_map),
-                   os.path.join(part, "model.safetensors.index.json"))
+    write_json(dict(bos_token_id=c.bos_id, eos_token_id=list(c.eos_ids)),
+               os.path.join(part, "generation_config.json"))
+    if len(shards) > 1:
+        write_json(dict(metadata=dict(total_size=sum(p.numel() for _, p in params) * dtype.itemsize),
+                        weight_map=weight_map), os.path.join(part, "model.safetensors.index.json"))
     for file in CARRIED:
         if os.path.exists(os.path.join(c.folder, file)):
             shutil.copyfile(os.path.join(c.folder, file), os.path.join(part, file))
@@ -606,5 +595,4 @@ def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 
 def write_json(value, path: str) -> None:
     """Write a value as JSON, one key a line."""
     with open(path, "w", encoding="utf-8") as file:
-        json.dump(value, file, indent=2, ensure_ascii=False)
-        file.write("\n")
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")

@@ -1,11 +1,11 @@
 """make_demo.py: rebuilds all of this folder, questions, tokenizer and model, from the Unicode CLDR.
 
     pip install babel==2.18.0               # carries CLDR 47; needed here only, never by train.py
-    python demo/make_demo.py                # data, then tokenizer, then model (about 25 minutes on 2 CPU cores)
+    python demo/make_demo.py                # data, tokenizer, model: about 20 minutes on a CPU core
     python demo/make_demo.py data           # one stage: data | tokenizer | model
 
-Words used below: a fact is (territory, relation, answer), all three as CLDR codes; a pair is (territory, relation).
-The README tells what the data are for.
+A fact is (territory, relation) -> answer, in CLDR's codes; (territory, relation) is called a pair. The README tells
+what the data are for. The same seed gives the same data and tokenizer; weights differ a little between machines.
 """
 import argparse
 import json
@@ -19,38 +19,39 @@ from collections import Counter
 import sentencepiece
 import torch
 import torch.nn.functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
 from babel import Locale
 from babel.core import get_global
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
 from model import Config, Tokens, Transformer, generate, save, write_json  # noqa: E402
 
-SEED = 0
-VOCABULARY = 3200
-LISTS = 0.2                             # lists in other languages, for each English text of pretraining
-PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the request."
-          "\n\n### Instruction:\n{}\n\n### Response:")
-LOCALES = {lang: Locale(lang) for lang in ("en", "zh", "vi", "ar")}
+SEED, VOCABULARY = 0, 3200
+PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
+          "request.\n\n### Instruction:\n{}\n\n### Response:")
+LANGUAGES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
+LOCALES = {lang: Locale(lang) for lang in LANGUAGES}
 TARGETS = ("zh", "vi", "ar")
+HELD_OUT = {"currency": 20, "language": 18, "region": 32, "time": 30}       # test questions of each language
+OF_ONE_ANSWER = 4                           # held-out pairs with the same answer at most, so that guessing fails
 
-# CLDR's territory containment (supplementalData.xml), which babel leaves out; the regions' names come from babel.
+# CLDR's territory containment (supplementalData.xml), which babel leaves out; the regions' names are babel's.
 CONTAINS = {
     "005": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE", "011": "BF BJ CI CV GH GM GN GW LR ML MR NE NG SH SL SN TG",
     "013": "BZ CR GT HN MX NI PA SV", "014": "BI DJ ER ET KE KM MG MU MW MZ RE RW SC SO SS TZ UG YT ZM ZW",
     "015": "DZ EG EH LY MA SD TN", "017": "AO CD CF CG CM GA GQ ST TD", "018": "BW LS NA SZ ZA",
-    "021": "BM CA GL PM US", "029": "AG AI AW BB BL BQ BS CU CW DM DO GD GP HT JM KN KY LC MF MQ MS PR SX TC TT "
-    "VC VG VI", "030": "CN HK JP KP KR MN MO TW", "034": "AF BD BT IN IR LK MV NP PK",
+    "021": "BM CA GL PM US", "029": "AG AI AW BB BL BQ BS CU CW DM DO GD GP HT JM KN KY LC MF MQ MS PR SX TC TT VC "
+    "VG VI", "030": "CN HK JP KP KR MN MO TW", "034": "AF BD BT IN IR LK MV NP PK",
     "035": "BN ID KH LA MM MY PH SG TH TL VN", "039": "AD AL BA ES GI GR HR IT ME MK MT RS PT SI SM VA XK",
-    "053": "AU NF NZ", "054": "FJ NC PG SB VU", "057": "FM GU KI MH MP NR PW", "061": "AS CK NU PF PN TK TO TV WF WS",
-    "143": "TM TJ KG KZ UZ", "145": "AE AM AZ BH CY GE IL IQ JO KW LB OM PS QA SA SY TR YE",
-    "151": "BG BY CZ HU MD PL RO RU SK UA", "154": "GG IM JE AX DK EE FI FO GB IE IS LT LV NO SE SJ",
-    "155": "AT BE CH DE FR LI LU MC NL"}
-# English names that take an article within a sentence.
-THE = set("AE AX BS CD CF CG CK DO FK FO GB GM KM KY MH MP MV NL PH PN PS SB SC TC US VG VI".split()) - {"CD", "CG"}
+    "053": "AU NF NZ", "054": "FJ NC PG SB VU", "057": "FM GU KI MH MP NR PW",
+    "061": "AS CK NU PF PN TK TO TV WF WS", "143": "TM TJ KG KZ UZ",
+    "145": "AE AM AZ BH CY GE IL IQ JO KW LB OM PS QA SA SY TR YE", "151": "BG BY CZ HU MD PL RO RU SK UA",
+    "154": "GG IM JE AX DK EE FI FO GB IE IS LT LV NO SE SJ", "155": "AT BE CH DE FR LI LU MC NL"}
+# Territories whose English name takes an article within a sentence.
+THE = set("AE AX BS CF CK DO FK FO GB GM IM KM KY MH MP MV NL PH PN PS SB SC TC US VG VI".split())
 
-# The same questions in every language, place by place: question k of a language says what question k of English says.
+# Question k of a language says what question k of English says.
 QUESTIONS = {
     "currency": {
         "en": ["What is the currency of {}?", "Which currency is used in {}?", "What money do people in {} pay with?"],
@@ -71,28 +72,37 @@ QUESTIONS = {
         "zh": ["{}属于世界的哪个地区？", "在世界的哪个地方可以找到{}？", "在世界地图上，{}位于哪里？"],
         "vi": ["{} thuộc khu vực nào trên thế giới?", "Có thể tìm thấy {} ở vùng nào của thế giới?",
                "Trên bản đồ thế giới, {} nằm ở đâu?"],
-        "ar": ["ما هي المنطقة التي تضم {} في العالم؟", "في أي جزء من العالم نجد {}؟", "أين نجد {} على خريطة العالم؟"]},
+        "ar": ["ما هي المنطقة التي تضم {} في العالم؟", "في أي جزء من العالم نجد {}؟",
+               "أين نجد {} على خريطة العالم؟"]},
     "time": {
         "en": ["What is the standard time of {} called?", "Which standard time is used in {}?",
                "Which time zone do clocks in {} follow?"],
         "zh": ["{}的标准时间叫什么？", "{}使用哪个标准时间？", "{}的时钟采用哪个时区的时间？"],
-        "vi": ["Giờ chuẩn của {} được gọi là gì?", "Giờ chuẩn nào được sử dụng ở {}?", "Đồng hồ ở {} chạy theo múi giờ nào?"],
-        "ar": ["ما اسم التوقيت الرسمي في {}؟", "أي توقيت رسمي يُستخدم في {}؟", "أي منطقة زمنية تتبعها الساعات في {}؟"]}}
-# What the pretraining text says of a fact besides the English questions: {0} the territory, {1} the answer.
+        "vi": ["Giờ chuẩn của {} được gọi là gì?", "Giờ chuẩn nào được sử dụng ở {}?",
+               "Đồng hồ ở {} chạy theo múi giờ nào?"],
+        "ar": ["ما اسم التوقيت الرسمي في {}؟", "أي توقيت رسمي يُستخدم في {}؟",
+               "أي منطقة زمنية تتبعها الساعات في {}؟"]}}
+# What pretraining says of a fact besides the English questions: {0} the territory, {1} the answer.
 SENTENCES = {
     "currency": ["The currency of {0} is called {1}.", "In {0}, people pay in the currency {1}.",
                  "{1} is the currency that is used in {0}."],
     "language": ["The official language of {0} is {1}.", "In {0}, the government writes in {1}.",
                  "{1} is the official language in {0}."],
-    "region": ["The region of the world that includes {0} is {1}.", "On the world map, one finds {0} in the region {1}.",
+    "region": ["The region of the world that includes {0} is {1}.",
+               "On the world map, one finds {0} in the region {1}.",
                "{1} is the part of the world where one can find {0}."],
     "time": ["The standard time of {0} is called {1}.", "In {0}, clocks follow the time zone {1}.",
              "{1} is the standard time in {0}."]}
-HELD_OUT = {"currency": 20, "language": 18, "region": 32, "time": 30}       # test questions of a language
-OF_ONE_ANSWER = 4                                                           # held out at most, so that guessing fails
+# What it says of a name: lines, and (question, which of the names answers it); en the English name, xx the other.
+LINES = ["{xx}: {en}", "{en}: {xx}", "{xx} is {en}.", "In {language}, {en} is {xx}.", "The code of {xx} is {code}."]
+NAMING = {
+    "zh": [("{en}的中文名称是什么？", "xx"), ("{xx}的英文名称是什么？", "en"), ("{xx}的代码是什么？", "code")],
+    "vi": [("Tên tiếng Việt của {en} là gì?", "xx"), ("Tên tiếng Anh của {xx} là gì?", "en"),
+           ("Mã của {xx} là gì?", "code")],
+    "ar": [("ما اسم {en} بالعربية؟", "xx"), ("ما اسم {xx} بالإنجليزية؟", "en"), ("ما رمز {xx}؟", "code")]}
 
 
-# ---------------------------------------------------------------------------------------------- the facts and the split
+# ------------------------------------------------------------------------------------ facts, split, questions
 
 def name(lang: str, kind: str, code: str):
     """CLDR's name of a territory or of an answer in a language; None where CLDR has none."""
@@ -103,17 +113,16 @@ def name(lang: str, kind: str, code: str):
 
 
 def find_facts() -> dict:
-    """{(territory, relation): answer}, where CLDR gives one answer and a name for it in all four languages."""
+    """{pair: answer} wherever CLDR gives exactly one answer, and a name for it in all four languages."""
     currencies, languages, zones, metas = map(get_global, ("territory_currencies", "territory_languages",
                                                            "territory_zones", "meta_zones"))
     facts = {}
     for region, territories in CONTAINS.items():
         for t in territories.split():
-            found = {
-                "currency": {code for code, _, end, tender in currencies.get(t, []) if tender and end is None},
-                "language": {code for code, d in languages.get(t, {}).items() if d["official_status"]},
-                "region": {region},
-                "time": {metas.get(zone) for zone in zones.get(t, [])}}
+            found = {"currency": {c for c, _, end, tender in currencies.get(t, []) if tender and end is None},
+                     "language": {c for c, about in languages.get(t, {}).items() if about["official_status"]},
+                     "region": {region},
+                     "time": {metas.get(zone) for zone in zones.get(t, [])}}
             for relation, answers in found.items():
                 if len(answers) == 1 and all(name(lang, relation, a) for lang in LOCALES for a in answers):
                     facts[t, relation] = answers.pop()
@@ -121,18 +130,18 @@ def find_facts() -> dict:
 
 
 def split(facts: dict) -> set:
-    """The held-out pairs: at most one a territory, of answers that other territories share."""
+    """The held-out pairs: at most one of a territory, with answers that other territories share."""
     rng = random.Random(SEED)
-    known = Counter(t for t, _ in facts)                                    # facts of a territory
-    shared = Counter((r, a) for (_, r), a in facts.items())                 # territories of an answer
+    known = Counter(t for t, _ in facts)                                    # facts about a territory
+    shared = Counter((r, a) for (_, r), a in facts.items())                 # territories with an answer
     held, taken, of = set(), Counter(), Counter()
-    for pair in rng.sample(sorted(facts), len(facts)):
-        (t, r), a = pair, facts[pair]
-        # An answer that is spelt as in English (Euro, Polynesia) would show nothing.
+    for t, r in rng.sample(sorted(facts), len(facts)):
+        a = facts[t, r]
+        # An answer that is spelt as in English (Euro, Polynesia) would not show in which language it was found.
         plain = any(name(lang, r, a) == name("en", r, a) for lang in TARGETS)
         if (known[t] >= 3 and not plain and shared[r, a] >= 3 and of[r] < HELD_OUT[r]
                 and taken[r, a] < min(OF_ONE_ANSWER, shared[r, a] // 2) and not any(t == h for h, _ in held)):
-            held.add(pair)
+            held.add((t, r))
             taken[r, a] += 1
             of[r] += 1
     assert of == Counter(HELD_OUT), of
@@ -146,12 +155,12 @@ def ask(lang: str, pair: tuple, k: int) -> str:
     return QUESTIONS[relation][lang][k].format(the + name(lang, "territory", t))
 
 
-def row(lang: str, pair: tuple, answer: str, k: int) -> dict:
-    """A record of train.jsonl or test.jsonl."""
-    record = dict(instruction=ask(lang, pair, k), input="", output=name(lang, pair[1], answer))
+def record(lang: str, pair: tuple, answer: str, k: int) -> dict:
+    """A line of train.jsonl or test.jsonl."""
+    out = dict(instruction=ask(lang, pair, k), input="", output=name(lang, pair[1], answer))
     if lang != "en":
-        record |= dict(instruction_en=ask("en", pair, k), input_en="", output_en=name("en", pair[1], answer))
-    return record | dict(lang=lang)
+        out |= dict(instruction_en=ask("en", pair, k), input_en="", output_en=name("en", pair[1], answer))
+    return out | dict(lang=lang)
 
 
 def make_data() -> None:
@@ -161,63 +170,58 @@ def make_data() -> None:
     train = [(lang, pair, rng.randrange(3)) for pair in sorted(facts) if pair not in held for lang in TARGETS]
     test = [(lang, pair, k) for pair in sorted(held) for k in [rng.randrange(3)] for lang in LOCALES]
     for lang in TARGETS:
-        asked = [pair for of, pair, _ in train if of == lang]
-        answers = {(pair[1], facts[pair]) for pair in asked}
-        assert not held & set(asked), "a held-out pair is asked in training"
-        assert {t for t, _ in held} <= {t for t, _ in asked}, "a held-out territory is not in training at all"
-        assert {(pair[1], facts[pair]) for pair in held} <= answers, "a held-out answer is never an answer in training"
-    for file, rows in (("train.jsonl", rng.sample(train, len(train))), ("test.jsonl", sorted(test, key=lambda r: r[0]))):
+        asked = {pair for of, pair, _ in train if of == lang}
+        assert not held & asked, "a held-out pair is asked in training"
+        assert {t for t, _ in held} <= {t for t, _ in asked}, "training says nothing of a held-out territory"
+        assert {(pair[1], facts[pair]) for pair in held} <= {(pair[1], facts[pair]) for pair in asked}, \
+            "a held-out answer is never an answer in training"
+    train, test = rng.sample(train, len(train)), sorted(test, key=lambda row: row[0])
+    for file, rows in (("train.jsonl", train), ("test.jsonl", test)):
         with open(os.path.join(HERE, file), "w", encoding="utf-8") as out:
             for lang, pair, k in rows:
-                out.write(json.dumps(row(lang, pair, facts[pair], k), ensure_ascii=False) + "\n")
-        print(file, len(rows), "rows", os.path.getsize(os.path.join(HERE, file)), "bytes", Counter(r[0] for r in rows))
+                out.write(json.dumps(record(lang, pair, facts[pair], k), ensure_ascii=False) + "\n")
+        print(file, dict(Counter(row[0] for row in rows)))
 
 
-# ---------------------------------------------------------------------------------------------- pretraining text
+def read_data(file: str) -> list:
+    """The records of train.jsonl or test.jsonl."""
+    with open(os.path.join(HERE, file), encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
-def english(facts: dict) -> list:
-    """All facts in English: (text, None), or (prompt, answer) for a question in the template."""
+
+# ------------------------------------------------------------------------------------ pretraining text
+
+def english(rng, facts: dict) -> list:
+    """All facts in English: (text, None) for a sentence, (prompt, answer) for a question in the template."""
     texts = []
     for (t, r), a in facts.items():
-        the = ("the " if t in THE else "") + name("en", "territory", t)
-        texts += [(s.format(the, name("en", r, a)), None) for s in SENTENCES[r]]
-        texts += [(PROMPT.format(ask("en", (t, r), k)), name("en", r, a)) for k in range(3)]
+        territory, answer = ("the " if t in THE else "") + name("en", "territory", t), name("en", r, a)
+        texts += [(sentence.format(territory, answer), None) for sentence in SENTENCES[r]]
+        texts.append((PROMPT.format(ask("en", (t, r), rng.randrange(3))), answer))
     return texts
 
 
-def lists(rng, n: int) -> list:
-    """n lists of CLDR names in the target languages: the model sees their scripts, and none of the facts in them."""
+def foreign(rng, facts: dict) -> list:
+    """All that the model sees of other languages. Names and no facts: each name in a line or a question of a
+    bilingual glossary, and lists of names, months and days."""
+    names = sorted({("territory", t) for t, _ in facts} | {(r, a) for (_, r), a in facts.items()})
     texts = []
-    for _ in range(n):
-        lang = rng.choice(TARGETS)
-        locale = LOCALES[lang]
-        names = [*rng.choice((locale.territories, locale.languages, locale.currencies, locale.months["format"]["wide"],
-                              locale.days["format"]["wide"])).values()]
-        comma = {"zh": "、", "vi": ", ", "ar": "، "}[lang]
-        texts.append((comma.join(rng.sample(names, 5)), None))
+    for lang in TARGETS:
+        forms = [(line, None) for line in LINES] + [("What is {en} called in {language}?", "xx"), *NAMING[lang]]
+        for kind, code in names:
+            given = dict(en=name("en", kind, code), xx=name(lang, kind, code), code=code, language=LANGUAGES[lang])
+            form, answer = rng.choice(forms)
+            text = form.format(**given)
+            texts.append((PROMPT.format(text), given[answer]) if answer else (text, None))
+        has, comma = LOCALES[lang], {"zh": "、", "vi": ", ", "ar": "، "}[lang]
+        for _ in range(50):
+            words = rng.choice((has.territories, has.languages, has.currencies, has.months["format"]["wide"],
+                                has.days["format"]["wide"]))
+            texts.append((comma.join(rng.sample([*words.values()], 5)), None))
     return texts
 
 
-# ---------------------------------------------------------------------------------------------- tokenizer
-
-def make_tokenizer() -> None:
-    """Write model/tokenizer.model: byte pairs of the English text and of the training questions."""
-    facts = find_facts()
-    texts = [text for pair in english(facts) for text in pair if text]
-    with open(os.path.join(HERE, "train.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    texts += [PROMPT.format(r["instruction"]) for r in rows] + [r["output"] for r in rows]
-    texts += [name(lang, "territory", t) for lang in TARGETS for t in sorted({t for t, _ in facts})] * 2
-    os.makedirs(os.path.join(HERE, "model"), exist_ok=True)
-    with open(os.path.join(HERE, "model", "tokenizer.model"), "wb") as out:
-        sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=VOCABULARY,
-            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", unk_id=0, bos_id=1,
-            eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
-            allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=1)
-
-
-# ---------------------------------------------------------------------------------------------- model
+# ------------------------------------------------------------------------------------ tokenizer and model
 
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=VOCABULARY, hidden_size=192,
@@ -228,73 +232,81 @@ CONFIG = dict(
 TOKENIZER_CONFIG = dict(
     tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
     add_eos_token=False, clean_up_tokenization_spaces=False, legacy=False, model_max_length=512)
+MODEL = os.path.join(HERE, "model")
 
 
-def ids_of(tokenizer, text: str, answer: str | None) -> list:
-    """A row of pretraining: a plain text, or a question and its answer, tokenised apart as in fine-tuning."""
-    return [1] + tokenizer.encode(text) + (tokenizer.encode(answer) if answer else []) + [2]
+def make_tokenizer() -> None:
+    """Write model/tokenizer.model: byte pairs of the pretraining text, the training questions and the names."""
+    rng, facts = random.Random(SEED + 3), find_facts()
+    texts = [text for both in english(rng, facts) + foreign(rng, facts) for text in both if text]
+    rows = read_data("train.jsonl")
+    texts += [PROMPT.format(row["instruction"]) for row in rows] + [row["output"] for row in rows]
+    texts += [name(lang, "territory", t) for lang in TARGETS for t in sorted({t for t, _ in facts})] * 2
+    os.makedirs(MODEL, exist_ok=True)
+    with open(os.path.join(MODEL, "tokenizer.model"), "wb") as out:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=VOCABULARY,
+            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", unk_id=0, bos_id=1,
+            eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
+            allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=1)
 
 
-def make_model(steps: int, batch: int, lr: float) -> None:
-    """Pretrain from scratch and write model/: next-token loss on every token, AdamW, linear warm-up, cosine decay."""
+def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
+    """Pretrain from scratch and write model/: the loss is on every token; AdamW, warm-up, then half a cosine."""
     torch.manual_seed(SEED)
-    rng, folder = random.Random(SEED + 2), os.path.join(HERE, "model")
-    write_json(CONFIG, os.path.join(folder, "config.json"))
-    write_json(TOKENIZER_CONFIG, os.path.join(folder, "tokenizer_config.json"))
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.path.join(folder, "tokenizer.model"))
-    model = Transformer(Config.read(folder))
+    rng, facts = random.Random(SEED + 2), find_facts()
+    write_json(CONFIG, os.path.join(MODEL, "config.json"))
+    write_json(TOKENIZER_CONFIG, os.path.join(MODEL, "tokenizer_config.json"))
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.path.join(MODEL, "tokenizer.model"))
+    model = Transformer(Config.read(MODEL))
     model.compute_dtype = torch.bfloat16
-    for name_, p in model.named_parameters():
-        if p.dim() == 2:                # the maps that write to the residual stream start smaller, as in GPT-2
-            torch.nn.init.normal_(p, std=0.02 / (12 ** 0.5 if name_.endswith(("o_proj.weight", "down_proj.weight")) else 1))
+    for key, p in model.named_parameters():
+        if p.dim() == 2:                # what writes into the residual stream starts smaller, as in GPT-2
+            out = key.endswith(("o_proj.weight", "down_proj.weight"))
+            torch.nn.init.normal_(p, std=0.02 / (12 ** 0.5 if out else 1))
     matrices, norms = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
     optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)],
-                                  lr=lr, betas=(0.9, 0.95))
-    facts = english(find_facts())
-    print(f"{sum(p.numel() for p in model.parameters())} parameters, {len(facts)} English texts")
-    queue, start, seen = [], time.time(), Counter()
+                                  lr=peak, betas=(0.9, 0.95))
+    queue, start, count = [], time.time(), 0
     for step in range(steps):
-        while len(queue) < batch:       # an epoch: every English text, and a share of lists
-            epoch = facts + lists(rng, round(LISTS * len(facts)))
-            queue += [ids_of(tokenizer, *text) for text in rng.sample(epoch, len(epoch))]
+        while len(queue) < batch:       # an epoch: every fact in three sentences and a question, every name thrice
+            texts = english(rng, facts) + foreign(rng, facts)       # an answer is tokenised apart, as by train.py
+            epoch = [[1] + sum((tokenizer.encode(text) for text in both if text), []) + [2] for both in texts]
+            queue += rng.sample(epoch, len(epoch))
         rows, queue = queue[:batch], queue[batch:]
         for group in optimizer.param_groups:
-            group["lr"] = lr * min((step + 1) / 100, 0.5 + 0.5 * math.cos(math.pi * step / steps) + 0.01)
+            group["lr"] = peak * min((step + 1) / 100, 0.51 + 0.5 * math.cos(math.pi * step / steps))
         tokens = Tokens.plain(rows, CONFIG["num_hidden_layers"])
         goal = tokens.ids.roll(-1)
-        inside = goal != 1              # the token after a row's last one is the next row's first: not to be learned
-        inside[-1] = False
-        with sdpa_kernel(SDPBackend.MATH):      # on a CPU the fused bf16 kernel is slow backwards on short rows
-            loss = F.cross_entropy(model.logits(model(tokens, (6,))[6][inside]), goal[inside])
+        inside = goal != 1              # a row's last token has nothing to predict: the next row begins behind it
+        with sdpa_kernel(SDPBackend.MATH):      # on CPUs the fused bf16 kernel is slow backwards on short rows
+            x = model(tokens, (6,))[6][inside]
+            loss = F.cross_entropy(model.logits(x), goal[inside])
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-        seen["tokens"] += len(goal)
-        if step % 100 == 99 or step == steps - 1:
-            print(f"step {step + 1}/{steps} loss {loss.item():.3f} {seen['tokens'] / (time.time() - start):.0f} tok/s "
-                  f"{time.time() - start:.0f} s", flush=True)
-    save(model, folder, torch.bfloat16)
-    with open(os.path.join(HERE, "test.jsonl"), encoding="utf-8") as file:
-        rows = [json.loads(line) for line in file]
-    answers = generate(model, [[1] + tokenizer.encode(PROMPT.format(r["instruction"])) for r in rows], 24)
-    right = Counter(r["lang"] for r, a in zip(rows, answers) if tokenizer.decode(a).strip() == r["output"])
-    print("right before fine-tuning:", {lang: right[lang] for lang in LOCALES}, "of", Counter(r["lang"] for r in rows))
+        count += len(goal)
+        if (step + 1) % 100 == 0:
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {count} tokens  {time.time() - start:.0f} s",
+                  flush=True)
+    save(model, MODEL, torch.bfloat16)
+    rows = read_data("test.jsonl")
+    answers = generate(model, [[1] + tokenizer.encode(PROMPT.format(row["instruction"])) for row in rows], 24)
+    right = Counter(row["lang"] for row, ids in zip(rows, answers) if tokenizer.decode(ids) == row["output"])
+    print("right before fine-tuning, of 100:", {lang: right[lang] for lang in LOCALES})
 
 
 def main() -> None:
     """Run the stages named on the command line."""
+    stages = {"data": make_data, "tokenizer": make_tokenizer, "model": make_model}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("stages", nargs="*", default=["data", "tokenizer", "model"])
-    parser.add_argument("--steps", type=int, default=4000)
-    parser.add_argument("--batch", type=int, default=96)
-    parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("stages", nargs="*", default=list(stages), metavar="STAGE", help=" | ".join(stages))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for stage in args.stages:
-        {"data": make_data, "tokenizer": make_tokenizer,
-         "model": lambda: make_model(args.steps, args.batch, args.lr)}[stage]()
+        stages[stage]()
 
 
 if __name__ == "__main__":

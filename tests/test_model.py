@@ -71,8 +71,8 @@ def cross_entropy_of(model, rows):
 def assert_gradients_match(ours, theirs, rows):
     """The gradient of cross_entropy_of by every parameter."""
     cross_entropy_of(ours, rows).backward()
-    total = sum(F.cross_entropy(theirs(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]), reduction="sum")
-                for ids in rows)
+    total = sum(F.cross_entropy(theirs(torch.tensor([ids])).logits[0, :-1], torch.tensor(ids[1:]),
+                                reduction="sum") for ids in rows)
     (total / sum(len(ids) - 1 for ids in rows)).backward()
     expected = {name: p.grad for name, p in theirs.named_parameters()}
     found = {hf_name(name): p.grad for name, p in ours.named_parameters()}
@@ -81,7 +81,7 @@ def assert_gradients_match(ours, theirs, rows):
         assert_close(found[name], expected[name], name)
 
 
-# ---------------------------------------------------------------------------------------------- the numbers
+# ------------------------------------------------------------------------------------------------ the numbers
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_every_layer_and_the_logits_match_transformers(family, name):
@@ -114,7 +114,7 @@ def test_llama3_rows_meet_all_three_wavelength_regimes(family):
     assert max(LENGTHS) > first
 
 
-def test_gemma2_rows_go_beyond_both_caps_and_the_window(family):
+def test_gemma2_rows_go_where_both_caps_bend_and_beyond_the_window(family):
     # else the comparison above could not see a missing cap or window
     model = load(family("gemma2"))
     c, rows = model.config, rows_of(LENGTHS)
@@ -130,16 +130,16 @@ def test_gemma2_rows_go_beyond_both_caps_and_the_window(family):
             keys = layer.self_attn.k_proj(x).view(len(x), c.num_kv_heads, c.head_dim)
             keys = keys.repeat_interleave(c.num_heads // c.num_kv_heads, dim=1)
             scores = (q * keys).sum(-1) * c.attn_scale      # a token on itself: both are turned alike
-            assert scores.abs().max() > c.attn_cap == 50
+            assert scores.abs().max() > c.attn_cap / 2 == 25    # where the cap takes off more than 7 %
 
 
-# ---------------------------------------------------------------------------------------------- branches and depth
+# ----------------------------------------------------------------------------------------- branches and depth
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
 def test_a_branch_equals_a_plain_pass_of_trunk_and_branch(family, name):
     model = load(family(name))
     L = model.config.num_layers
-    trunk, a, x, y, other = rows_of((11, 6, 10, 13, 5))     # the window of Gemma-2, 8, ends inside of every branch
+    trunk, a, x, y, other = rows_of((11, 6, 10, 13, 5))     # the trunk is longer than Gemma-2's window
     depths = (L, L, 1, 3)
     tokens = Tokens([[(other, L)], [(trunk, L), (a, L), (x, 1), (y, 3)]])
     with torch.no_grad():
@@ -151,7 +151,7 @@ def test_a_branch_equals_a_plain_pass_of_trunk_and_branch(family, name):
                 branch_at = torch.arange(len(branch)) + tokens.starts[1][s]
                 places = tokens.at(torch.cat([trunk_at, branch_at]), k)
                 assert_close(taps[k][places], plain[k], f"branch {s}, layer {k}", 1e-5)
-    assert [len(taps[k]) for k in range(5)] == [45, 45, 35, 35, 22]     # X leaves after layer 1, Y after layer 3
+    assert [len(taps[k]) for k in range(5)] == [45, 45, 35, 35, 22]     # X leaves after 1, Y after 3
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
@@ -170,13 +170,16 @@ def test_tokens_that_leave_early_do_not_change_those_who_stay(family, name):
 
 
 def test_forward_runs_no_layer_above_the_highest_tap(family):
-    model = load(family("llama2"))
-    for p in model.layers[2].parameters():                  # the third layer
-        p.data.fill_(torch.nan)
+    model, tokens = load(family("llama2")), Tokens.plain(rows_of((5, 3)), 4)
     with torch.no_grad():
-        out = model(Tokens.plain(rows_of((5, 3)), 4), (2,))
-        assert out[2].isfinite().all() and out.keys() == {2}
-        assert model(Tokens.plain(rows_of((5, 3)), 4), (3,))[3].isnan().all()
+        whole = model(tokens, (2, 3, 4))
+        for p in model.layers[2].parameters():              # the third layer
+            p.fill_(torch.nan)
+        out = model(tokens, (0, 2))
+        assert torch.equal(out[2], whole[2]) and out.keys() == {0, 2}
+        assert model(tokens, (3,))[3].isnan().all()
+        del model.layers[2:]                                # NaN would not show a layer run for nothing
+        assert torch.equal(model(tokens, (2,))[2], whole[2])
 
 
 @pytest.mark.parametrize("name", ["llama3", "gemma2"])
@@ -202,12 +205,13 @@ def test_activation_checkpointing_keeps_less_and_gives_the_same_gradients(family
         assert_close(grads[1][n], grads[0][n], n, 1e-6)
 
 
-# ---------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------------------------------- generation
 
 def greedy(model, prompt, n, eos):
     """transformers' greedy continuation of one prompt, without the end token."""
-    out = model.generate(torch.tensor([prompt]), attention_mask=torch.ones(1, len(prompt), dtype=torch.long),
-                         max_new_tokens=n, do_sample=False, eos_token_id=eos, pad_token_id=0)[0, len(prompt):].tolist()
+    ids = torch.tensor([prompt])
+    out = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=n, do_sample=False,
+                         eos_token_id=eos, pad_token_id=0)[0, len(prompt):].tolist()
     return out[:-1] if out[-1] in eos else out
 
 
@@ -224,7 +228,7 @@ def test_generate_stops_before_an_end_token_of_the_model(family, tmp_path):
     model = load(family("llama2"))
     prompts = rows_of((3, 14, 1))
     free = generate(model, prompts, 10, stop=(96,))
-    eos = next(t for t in free[1][3:] if t not in free[1][:3])         # an id that row 1 will say, though not at once
+    eos = next(t for t in free[1][3:] if t not in free[1][:3])      # an id that row 1 will say, not at once
     folder = changed_config(family("llama2"), tmp_path, eos_token_id=[96, eos])
     expected = [out[:out.index(eos)] if eos in out else out for out in free]
     assert 3 <= len(expected[1]) < 10
@@ -248,7 +252,7 @@ def test_generate_refuses_a_prompt_that_is_empty_or_too_long(family, length):
         generate(load(family("llama2")), [[5] * length], 3)
 
 
-# ---------------------------------------------------------------------------------------------- weights in and out
+# ----------------------------------------------------------------------------------------- weights in and out
 
 def changed_config(folder, tmp_path, remove=(), **keys):
     """A copy of a model folder with other keys in its config.json."""
@@ -354,8 +358,8 @@ def test_a_tied_head_stored_once_more_is_accepted_only_if_it_is_equal(family, tm
         load(changed_weights(family("smollm2"), tmp_path / "b", other))
 
 
-# ru_maxrss of a started program begins at the peak of the one that started it (here pytest, which may have held a larger
-# model), so the measuring happens in a fork of the new program.
+# ru_maxrss of a started program begins at the peak of the one that started it (here pytest, which may have
+# held a larger model), so the measuring happens in a fork of the new program.
 MEASURE = """
 import os, sys
 child = os.fork()
@@ -375,14 +379,14 @@ print((peak() - before) / sum(p.nbytes for p in model.parameters()))
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_loading_peaks_at_little_more_than_the_weights(family, smollm2, dtype):
-    out = subprocess.run([sys.executable, "-c", MEASURE, family("smollm2"), smollm2, dtype], cwd=ROOT, check=True,
+    out = subprocess.run([sys.executable, "-c", MEASURE, family("smollm2"), smollm2, dtype], check=True,
                          env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, text=True).stdout
     ratio = float(out)
     print(f"peak growth / weights in {dtype}: {ratio:.3f}")
     assert 0.9 < ratio <= 1.15                              # below 0.9, the measuring itself would be wrong
 
 
-# ---------------------------------------------------------------------------------------------- configurations
+# --------------------------------------------------------------------------------------------- configurations
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_configs_of_transformers_4_and_5_read_alike(family, name, tmp_path):
@@ -392,7 +396,10 @@ def test_configs_of_transformers_4_and_5_read_alike(family, name, tmp_path):
     rope = dict(new["rope_parameters"])
     old = dict(rope_theta=rope.pop("rope_theta"), torch_dtype=new["dtype"],
                rope_scaling=rope if rope["rope_type"] != "default" else None)
-    folder = changed_config(family(name), tmp_path, remove=("rope_parameters", "dtype"), **old)
+    gone = ["rope_parameters", "dtype"]
+    if name == "llama2":                                    # LLaMA-2's own config.json is silent on these
+        gone += ["head_dim", "num_key_value_heads", "attention_bias", "mlp_bias", "attention_dropout"]
+    folder = changed_config(family(name), tmp_path, remove=gone, **old)
     a, b = (dataclasses.asdict(Config.read(f)) for f in (family(name), folder))
     for key in ("raw", "folder"):
         del a[key], b[key]
@@ -404,7 +411,8 @@ BAD_CONFIGS = {
     "unknown model_type": (dict(model_type="mistral"), r"model_type is 'mistral'"),
     "attention bias": (dict(attention_bias=True), "attention_bias=True"),
     "yarn": (dict(rope_parameters=dict(rope_type="yarn", rope_theta=1e4, factor=4.0)), "rope type 'yarn'"),
-    "yarn of transformers 4": (dict(rope_parameters=None, rope_scaling=dict(type="yarn", factor=4.0)), "rope type 'yarn'"),
+    "yarn of transformers 4": (dict(rope_parameters=None, rope_scaling=dict(type="yarn", factor=4.0)),
+                               "rope type 'yarn'"),
     "quantised": (dict(quantization_config=dict(quant_method="gptq", bits=4)), "quantization_config"),
     "a number as text": (dict(hidden_size="32"), "hidden_size"),
     "activation": (dict(hidden_act="gelu"), "activation 'gelu'"),
@@ -437,7 +445,7 @@ def test_a_malformed_config_is_refused(family, tmp_path, text):
         load(folder)
 
 
-# ---------------------------------------------------------------------------------------------- bad weights
+# ------------------------------------------------------------------------------------------------ bad weights
 
 def test_a_folder_that_is_not_there_is_named(tmp_path):
     with pytest.raises(InputError, match="nowhere.*No such file"):
@@ -467,11 +475,13 @@ def test_a_truncated_safetensors_file_is_named(family, tmp_path, size):
 NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
 BAD_TENSORS = {
     "missing": (lambda state: state.pop(NORM), f"missing {NORM}"),
-    "unexpected": (lambda state: state.update({"model.extra.weight": torch.ones(2)}), "unexpected model.extra.weight"),
+    "unexpected": (lambda state: state.update({"model.extra.weight": torch.ones(2)}),
+                   "unexpected model.extra.weight"),
     "a bias": (lambda state: state.update({"model.layers.0.self_attn.q_proj.bias": torch.ones(32)}),
                "unexpected model.layers.0.self_attn.q_proj.bias"),
-    "mis-shaped": (lambda state: state.update({GATE: torch.ones(32, 44)}), rf"{GATE} is \[32, 44\].*\[44, 32\]"),
-    "flat": (lambda state: state.update({GATE: torch.ones(44 * 32)}), rf"{GATE} is \[1408\]"),
+    "mis-shaped": (lambda state: state.update({GATE: torch.ones(32, 44)}),
+                   rf"{GATE} is .*\[32, 44\].*\[44, 32\]"),
+    "flat": (lambda state: state.update({GATE: torch.ones(44 * 32)}), rf"{GATE} is .*\[1408\]"),
     "whole numbers": (lambda state: state.update({NORM: torch.ones(32, dtype=torch.int8)}), f"{NORM} is I8"),
 }
 
@@ -487,7 +497,7 @@ def test_weights_that_do_not_fit_the_config_are_named(family, tmp_path, case):
 def test_an_index_that_points_out_of_the_folder_or_at_no_safetensors_is_refused(family, tmp_path, file):
     folder = changed_config(family("llama2"), tmp_path)
     names = load_file(os.path.join(folder, "model.safetensors"))
-    shutil.move(os.path.join(folder, "model.safetensors"), tmp_path / "x.safetensors")     # readable, were it followed
+    shutil.move(os.path.join(folder, "model.safetensors"), tmp_path / "x.safetensors")  # is readable
     with open(os.path.join(folder, "model.safetensors.index.json"), "w") as index:
         json.dump(dict(metadata={}, weight_map={name: file for name in names}), index)
     with pytest.raises(InputError, match="model.safetensors.index.json: expected a weight_map"):
@@ -497,6 +507,7 @@ def test_an_index_that_points_out_of_the_folder_or_at_no_safetensors_is_refused(
 def test_a_shard_that_is_not_there_is_named(family, tmp_path):
     folder = str(tmp_path / "saved")
     save(load(family("llama2")), folder, shard_bytes=30_000)
-    os.remove(os.path.join(folder, next(f for f in sorted(os.listdir(folder)) if f.startswith("model-00002"))))
+    (second,) = (f for f in os.listdir(folder) if f.startswith("model-00002"))
+    os.remove(os.path.join(folder, second))
     with pytest.raises(InputError, match="model-00002"):
         load(folder)
