@@ -42,7 +42,7 @@ ARMS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits
 # Without --model the demo runs, with settings that suit 3M parameters and 2 minutes.
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
 DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.jsonl"), dtype="fp32",
-            test=os.path.join(HERE, "test.jsonl"), batch_size=32, lr=1e-3, epochs=3)
+            test=os.path.join(HERE, "test.jsonl"), batch_size=32, lr=5e-4, epochs=5)
 PLANNING = ("dry_run", "world_size", "gpu_memory", "peak_tflops", "mfu")
 
 

@@ -4,8 +4,8 @@
     python demo/make_demo.py                # data, tokenizer, model: about 20 minutes on a CPU core
     python demo/make_demo.py data           # one stage: data | tokenizer | model
 
-A fact is (territory, relation) -> answer, in CLDR's codes; (territory, relation) is called a pair. The README tells
-what the data are for. The same seed gives the same data and tokenizer; weights differ a little between machines.
+A fact is (territory, relation) -> answer, in CLDR's codes; (territory, relation) is called a pair. The README
+tells what the data are for. The seed fixes data and tokenizer; weights differ a little between machines.
 """
 import argparse
 import json
@@ -34,27 +34,29 @@ LANGUAGES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic
 LOCALES = {lang: Locale(lang) for lang in LANGUAGES}
 TARGETS = ("zh", "vi", "ar")
 HELD_OUT = {"currency": 20, "language": 18, "region": 32, "time": 30}       # test questions of each language
-OF_ONE_ANSWER = 4                           # held-out pairs with the same answer at most, so that guessing fails
+OF_ONE_ANSWER = 4       # at most so many held-out pairs have the same answer: guessing must not pay
 
 # CLDR's territory containment (supplementalData.xml), which babel leaves out; the regions' names are babel's.
 CONTAINS = {
-    "005": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE", "011": "BF BJ CI CV GH GM GN GW LR ML MR NE NG SH SL SN TG",
-    "013": "BZ CR GT HN MX NI PA SV", "014": "BI DJ ER ET KE KM MG MU MW MZ RE RW SC SO SS TZ UG YT ZM ZW",
-    "015": "DZ EG EH LY MA SD TN", "017": "AO CD CF CG CM GA GQ ST TD", "018": "BW LS NA SZ ZA",
-    "021": "BM CA GL PM US", "029": "AG AI AW BB BL BQ BS CU CW DM DO GD GP HT JM KN KY LC MF MQ MS PR SX TC TT VC "
-    "VG VI", "030": "CN HK JP KP KR MN MO TW", "034": "AF BD BT IN IR LK MV NP PK",
+    "005": "AR BO BR CL CO EC FK GF GY PE PY SR UY VE",
+    "011": "BF BJ CI CV GH GM GN GW LR ML MR NE NG SH SL SN TG", "013": "BZ CR GT HN MX NI PA SV",
+    "014": "BI DJ ER ET KE KM MG MU MW MZ RE RW SC SO SS TZ UG YT ZM ZW", "015": "DZ EG EH LY MA SD TN",
+    "017": "AO CD CF CG CM GA GQ ST TD", "018": "BW LS NA SZ ZA", "021": "BM CA GL PM US",
+    "029": "AG AI AW BB BL BQ BS CU CW DM DO GD GP HT JM KN KY LC MF MQ MS PR SX TC TT VC VG VI",
+    "030": "CN HK JP KP KR MN MO TW", "034": "AF BD BT IN IR LK MV NP PK",
     "035": "BN ID KH LA MM MY PH SG TH TL VN", "039": "AD AL BA ES GI GR HR IT ME MK MT RS PT SI SM VA XK",
     "053": "AU NF NZ", "054": "FJ NC PG SB VU", "057": "FM GU KI MH MP NR PW",
     "061": "AS CK NU PF PN TK TO TV WF WS", "143": "TM TJ KG KZ UZ",
     "145": "AE AM AZ BH CY GE IL IQ JO KW LB OM PS QA SA SY TR YE", "151": "BG BY CZ HU MD PL RO RU SK UA",
     "154": "GG IM JE AX DK EE FI FO GB IE IS LT LV NO SE SJ", "155": "AT BE CH DE FR LI LU MC NL"}
 # Territories whose English name takes an article within a sentence.
-THE = set("AE AX BS CF CK DO FK FO GB GM IM KM KY MH MP MV NL PH PN PS SB SC TC US VG VI".split())
+THE = set("AE AX BS CF CK DO FK FO GB GM KM KY MH MP MV NL PH PN PS SB SC TC US VG VI".split())
 
 # Question k of a language says what question k of English says.
 QUESTIONS = {
     "currency": {
-        "en": ["What is the currency of {}?", "Which currency is used in {}?", "What money do people in {} pay with?"],
+        "en": ["What is the currency of {}?", "Which currency is used in {}?",
+               "What money do people in {} pay with?"],
         "zh": ["{}的货币是什么？", "{}使用哪种货币？", "{}的人用什么钱付款？"],
         "vi": ["Đơn vị tiền tệ của {} là gì?", "Loại tiền tệ nào được sử dụng ở {}?",
                "Người dân ở {} thanh toán bằng tiền gì?"],
@@ -93,8 +95,9 @@ SENTENCES = {
                "{1} is the part of the world where one can find {0}."],
     "time": ["The standard time of {0} is called {1}.", "In {0}, clocks follow the time zone {1}.",
              "{1} is the standard time in {0}."]}
-# What it says of a name: lines, and (question, which of the names answers it); en the English name, xx the other.
-LINES = ["{xx}: {en}", "{en}: {xx}", "{xx} is {en}.", "In {language}, {en} is {xx}.", "The code of {xx} is {code}."]
+# What it says of a name (en the English one, xx the other): lines, and questions with what answers them.
+LINES = ["{xx}: {en}", "{en}: {xx}", "{xx} is {en}.", "In {language}, {en} is {xx}.",
+         "The code of {xx} is {code}."]
 NAMING = {
     "zh": [("{en}的中文名称是什么？", "xx"), ("{xx}的英文名称是什么？", "en"), ("{xx}的代码是什么？", "code")],
     "vi": [("Tên tiếng Việt của {en} là gì?", "xx"), ("Tên tiếng Anh của {xx} là gì?", "en"),
@@ -109,7 +112,8 @@ def name(lang: str, kind: str, code: str):
     locale = LOCALES[lang]
     if kind == "time":
         return locale.meta_zones.get(code, {}).get("long", {}).get("standard")
-    return {"currency": locale.currencies, "language": locale.languages}.get(kind, locale.territories).get(code)
+    names = {"currency": locale.currencies, "language": locale.languages}.get(kind, locale.territories)
+    return names.get(code)
 
 
 def find_facts() -> dict:
@@ -119,8 +123,8 @@ def find_facts() -> dict:
     facts = {}
     for region, territories in CONTAINS.items():
         for t in territories.split():
-            found = {"currency": {c for c, _, end, tender in currencies.get(t, []) if tender and end is None},
-                     "language": {c for c, about in languages.get(t, {}).items() if about["official_status"]},
+            found = {"currency": {c for c, _, end, tender in currencies.get(t, []) if tender and not end},
+                     "language": {c for c, d in languages.get(t, {}).items() if d["official_status"]},
                      "region": {region},
                      "time": {metas.get(zone) for zone in zones.get(t, [])}}
             for relation, answers in found.items():
@@ -137,10 +141,10 @@ def split(facts: dict) -> set:
     held, taken, of = set(), Counter(), Counter()
     for t, r in rng.sample(sorted(facts), len(facts)):
         a = facts[t, r]
-        # An answer that is spelt as in English (Euro, Polynesia) would not show in which language it was found.
+        # An answer that is spelt as in English (Euro, Polynesia) would not show the language it is in.
         plain = any(name(lang, r, a) == name("en", r, a) for lang in TARGETS)
         if (known[t] >= 3 and not plain and shared[r, a] >= 3 and of[r] < HELD_OUT[r]
-                and taken[r, a] < min(OF_ONE_ANSWER, shared[r, a] // 2) and not any(t == h for h, _ in held)):
+                and taken[r, a] < min(OF_ONE_ANSWER, shared[r, a] // 2) and t not in {h for h, _ in held}):
             held.add((t, r))
             taken[r, a] += 1
             of[r] += 1
@@ -167,14 +171,15 @@ def make_data() -> None:
     """Write train.jsonl and test.jsonl, and check the split."""
     rng, facts = random.Random(SEED + 1), find_facts()
     held = split(facts)
-    train = [(lang, pair, rng.randrange(3)) for pair in sorted(facts) if pair not in held for lang in TARGETS]
+    seen = [pair for pair in sorted(facts) if pair not in held]
+    train = [(lang, pair, rng.randrange(3)) for pair in seen for lang in TARGETS]
     test = [(lang, pair, k) for pair in sorted(held) for k in [rng.randrange(3)] for lang in LOCALES]
+    answers = {lang: {(pair[1], facts[pair]) for of, pair, _ in train if of == lang} for lang in TARGETS}
     for lang in TARGETS:
         asked = {pair for of, pair, _ in train if of == lang}
         assert not held & asked, "a held-out pair is asked in training"
-        assert {t for t, _ in held} <= {t for t, _ in asked}, "training says nothing of a held-out territory"
-        assert {(pair[1], facts[pair]) for pair in held} <= {(pair[1], facts[pair]) for pair in asked}, \
-            "a held-out answer is never an answer in training"
+        assert {t for t, _ in held} <= {t for t, _ in asked}, "a held-out territory is not in training"
+        assert {(r, facts[t, r]) for t, r in held} <= answers[lang], "a held-out answer is not in training"
     train, test = rng.sample(train, len(train)), sorted(test, key=lambda row: row[0])
     for file, rows in (("train.jsonl", train), ("test.jsonl", test)):
         with open(os.path.join(HERE, file), "w", encoding="utf-8") as out:
@@ -207,11 +212,12 @@ def foreign(rng, facts: dict) -> list:
     names = sorted({("territory", t) for t, _ in facts} | {(r, a) for (_, r), a in facts.items()})
     texts = []
     for lang in TARGETS:
-        forms = [(line, None) for line in LINES] + [("What is {en} called in {language}?", "xx"), *NAMING[lang]]
+        forms = [(line, None) for line in LINES]
+        forms += [("What is {en} called in {language}?", "xx"), *NAMING[lang]]
         for kind, code in names:
-            given = dict(en=name("en", kind, code), xx=name(lang, kind, code), code=code, language=LANGUAGES[lang])
+            given = dict(en=name("en", kind, code), xx=name(lang, kind, code), code=code)
             form, answer = rng.choice(forms)
-            text = form.format(**given)
+            text = form.format(**given, language=LANGUAGES[lang])
             texts.append((PROMPT.format(text), given[answer]) if answer else (text, None))
         has, comma = LOCALES[lang], {"zh": "、", "vi": ", ", "ar": "، "}[lang]
         for _ in range(50):
@@ -226,17 +232,18 @@ def foreign(rng, facts: dict) -> list:
 CONFIG = dict(
     architectures=["LlamaForCausalLM"], model_type="llama", vocab_size=VOCABULARY, hidden_size=192,
     intermediate_size=512, num_hidden_layers=6, num_attention_heads=6, num_key_value_heads=6, head_dim=32,
-    hidden_act="silu", max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0, attention_bias=False,
-    mlp_bias=False, attention_dropout=0.0, initializer_range=0.02, tie_word_embeddings=True, bos_token_id=1,
-    eos_token_id=2, torch_dtype="bfloat16", use_cache=True)
+    hidden_act="silu", max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=10000.0,
+    attention_bias=False, mlp_bias=False, attention_dropout=0.0, initializer_range=0.02,
+    tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", use_cache=True)
 TOKENIZER_CONFIG = dict(
-    tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>", add_bos_token=True,
-    add_eos_token=False, clean_up_tokenization_spaces=False, legacy=False, model_max_length=512)
+    tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
+    add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False, legacy=False,
+    model_max_length=512)
 MODEL = os.path.join(HERE, "model")
 
 
 def make_tokenizer() -> None:
-    """Write model/tokenizer.model: byte pairs of the pretraining text, the training questions and the names."""
+    """Write model/tokenizer.model: byte pairs of pretraining text, training questions and names."""
     rng, facts = random.Random(SEED + 3), find_facts()
     texts = [text for both in english(rng, facts) + foreign(rng, facts) for text in both if text]
     rows = read_data("train.jsonl")
@@ -246,13 +253,13 @@ def make_tokenizer() -> None:
     with open(os.path.join(MODEL, "tokenizer.model"), "wb") as out:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(texts), model_writer=out, model_type="bpe", vocab_size=VOCABULARY,
-            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", unk_id=0, bos_id=1,
-            eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
+            byte_fallback=True, character_coverage=1.0, normalization_rule_name="identity", unk_id=0,
+            bos_id=1, eos_id=2, pad_id=-1, add_dummy_prefix=True, remove_extra_whitespaces=False,
             allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=1)
 
 
 def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
-    """Pretrain from scratch and write model/: the loss is on every token; AdamW, warm-up, then half a cosine."""
+    """Pretrain from scratch and write model/: loss on every token; AdamW, warm-up, then half a cosine."""
     torch.manual_seed(SEED)
     rng, facts = random.Random(SEED + 2), find_facts()
     write_json(CONFIG, os.path.join(MODEL, "config.json"))
@@ -265,12 +272,12 @@ def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
             out = key.endswith(("o_proj.weight", "down_proj.weight"))
             torch.nn.init.normal_(p, std=0.02 / (12 ** 0.5 if out else 1))
     matrices, norms = ([p for p in model.parameters() if p.dim() == d] for d in (2, 1))
-    optimizer = torch.optim.AdamW([dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)],
-                                  lr=peak, betas=(0.9, 0.95))
+    groups = [dict(params=matrices, weight_decay=0.1), dict(params=norms, weight_decay=0.0)]
+    optimizer = torch.optim.AdamW(groups, lr=peak, betas=(0.9, 0.95))
     queue, start, count = [], time.time(), 0
     for step in range(steps):
-        while len(queue) < batch:       # an epoch: every fact in three sentences and a question, every name thrice
-            texts = english(rng, facts) + foreign(rng, facts)       # an answer is tokenised apart, as by train.py
+        while len(queue) < batch:       # an epoch; answers are tokenised apart from prompts, as in train.py
+            texts = english(rng, facts) + foreign(rng, facts)
             epoch = [[1] + sum((tokenizer.encode(text) for text in both if text), []) + [2] for both in texts]
             queue += rng.sample(epoch, len(epoch))
         rows, queue = queue[:batch], queue[batch:]
@@ -278,8 +285,8 @@ def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
             group["lr"] = peak * min((step + 1) / 100, 0.51 + 0.5 * math.cos(math.pi * step / steps))
         tokens = Tokens.plain(rows, CONFIG["num_hidden_layers"])
         goal = tokens.ids.roll(-1)
-        inside = goal != 1              # a row's last token has nothing to predict: the next row begins behind it
-        with sdpa_kernel(SDPBackend.MATH):      # on CPUs the fused bf16 kernel is slow backwards on short rows
+        inside = goal != 1              # a row's last token predicts nothing: another row follows
+        with sdpa_kernel(SDPBackend.MATH):  # the fused bf16 kernel is slow backwards on a CPU
             x = model(tokens, (6,))[6][inside]
             loss = F.cross_entropy(model.logits(x), goal[inside])
             loss.backward()
@@ -288,19 +295,21 @@ def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
         optimizer.zero_grad()
         count += len(goal)
         if (step + 1) % 100 == 0:
-            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {count} tokens  {time.time() - start:.0f} s",
-                  flush=True)
+            print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {count} tokens  "
+                  f"{time.time() - start:.0f} s", flush=True)
     save(model, MODEL, torch.bfloat16)
     rows = read_data("test.jsonl")
-    answers = generate(model, [[1] + tokenizer.encode(PROMPT.format(row["instruction"])) for row in rows], 24)
-    right = Counter(row["lang"] for row, ids in zip(rows, answers) if tokenizer.decode(ids) == row["output"])
+    prompts = [[1] + tokenizer.encode(PROMPT.format(row["instruction"])) for row in rows]
+    answers = [tokenizer.decode(ids) for ids in generate(model, prompts, 24)]
+    right = Counter(row["lang"] for row, answer in zip(rows, answers) if answer == row["output"])
     print("right before fine-tuning, of 100:", {lang: right[lang] for lang in LOCALES})
 
 
 def main() -> None:
     """Run the stages named on the command line."""
     stages = {"data": make_data, "tokenizer": make_tokenizer, "model": make_model}
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=list(stages), metavar="STAGE", help=" | ".join(stages))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
     args = parser.parse_args()
