@@ -9,7 +9,7 @@ import sys
 import torch
 from tqdm import tqdm
 
-from data import Tokenizer, need, prompt_text, read_rows
+from data import KEYS, Tokenizer, need, prompt_text, read_rows
 from model import InputError, Transformer, generate, load
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -27,22 +27,28 @@ def answer(model: Transformer, tokenizer: Tokenizer, queries: list, max_new_toke
     return out
 
 
-def exact_match(model: Transformer, tokenizer: Tokenizer, rows: list) -> dict:
-    """{language: (right answers, questions)} over read_rows(); right is what equals the output exactly."""
-    answers = answer(model, tokenizer, [(need(*row, "instruction"), need(*row, "input")) for row in rows])
+def read_questions(path: str) -> list:
+    """[(language, instruction, input, right answer)] of a file of records, "en" where lang is missing."""
+    return [(str(row.get("lang", "en")), *(need(place, row, key) for key in KEYS))
+            for place, row in read_rows(path)]
+
+
+def exact_match(model: Transformer, tokenizer: Tokenizer, questions: list) -> dict:
+    """{language: (right answers, questions)}; right is what equals the answer but for spaces around it."""
     score = {}
-    for (place, row), text in zip(rows, answers):
-        right, n = score.get(lang := str(row.get("lang", "en")), (0, 0))
-        score[lang] = right + (text == need(place, row, "output").strip()), n + 1
+    answers = answer(model, tokenizer, [(instruction, input) for _, instruction, input, _ in questions])
+    for (lang, _, _, output), text in zip(questions, answers):
+        right, n = score.get(lang, (0, 0))
+        score[lang] = right + (text == output.strip()), n + 1
     return score
 
 
 def compare(folders: dict, path: str, device: str, dtype) -> str:
     """A Markdown table of exact match by language (rows) for model folders {title: folder} (columns)."""
-    rows, scores = read_rows(path), {}
+    questions, scores = read_questions(path), {}
     for title, folder in folders.items():
         model = load(folder, dtype, device)
-        scores[title] = exact_match(model, Tokenizer(model.config), rows)
+        scores[title] = exact_match(model, Tokenizer(model.config), questions)
     lines = ["| language | questions | " + " | ".join(folders) + " |", "| --- " * (2 + len(folders)) + "|"]
     for lang in sorted(scores[title], key=lambda lang: (lang == "en", lang)):
         name, n = "en (retention)" if lang == "en" and len(folders) > 1 else lang, scores[title][lang][1]

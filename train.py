@@ -23,6 +23,7 @@ import math
 import os
 import resource
 import sys
+import textwrap
 import time
 
 import torch
@@ -34,7 +35,7 @@ from tqdm import tqdm
 
 from data import Record, Tokenizer, batch_of, make_records, micro_batches, read_parallel, steps_per_epoch
 from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
-from eval import DTYPES, compare, pick_device
+from eval import DTYPES, compare, pick_device, read_questions
 from model import Config, InputError, Tokens, Transformer, fill, save, write_json
 
 ARMS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
@@ -76,8 +77,8 @@ def settings(argv=None) -> argparse.Namespace:
     add("--et_layer", "auto", "j, i..L; auto: where the second drop begins, or the paper's 15/32")
     add("--lc_weight", 1.0, "of the conversion loss")
     add("--et_weight", 1.0, "of the thinking loss")
-    add("--align", "branch", "logits: score the English tokens one by one after the prompt (branch: the "
-        "formula), or read each off its place in the target text (position)", choices=["branch", "position"])
+    add("--align", "branch", "logits: score the English tokens one by one after the prompt (branch), or read "
+        "each off its place in the target text (position)", choices=["branch", "position"])
     add("--pool", "mean", "features: the mean over the tokens, or the last one", choices=["mean", "last"])
     add("--lens_norm", True, "logits: the frozen final norm comes before the head at i and j")
     add("--english_grad", False, "features: the English side learns too")
@@ -117,14 +118,15 @@ def settings(argv=None) -> argparse.Namespace:
     for key in ("lr", "clip", "gpu_memory", "peak_tflops", "mfu"):
         if getattr(a, key) == 0:
             raise InputError(f"--{key} is 0, expected more")
+    if a.warmup > 1:
+        raise InputError(f"--warmup is {a.warmup}, expected a share of the steps, from 0 to 1")
     if not a.data:
         raise InputError("--model needs --data FILE, the records to train on")
     return a
 
 
 def make_method(a, config: Config) -> Method:
-    """The Method of the settings; a layer that is `auto` is 0 till it is chosen. InputError for impossible
-    ones."""
+    """The Method of the settings; a layer that is `auto` is 0 till it is chosen."""
     for key in ("lc_layer", "et_layer"):
         value = getattr(a, key)
         if value != "auto" and not (value.isdecimal() and 1 <= int(value) <= config.num_layers):
@@ -159,6 +161,8 @@ def main(argv=None):
     device, rank, world = start(a)
     say = print if rank == 0 else lambda *_: None
 
+    if a.test:
+        read_questions(a.test)                          # a mistake in it should not wait for the end
     rows = read_parallel(a.data, a.data_en)
     records, counts = make_records(rows, Tokenizer(config), needed_side(a, method), a.max_length)
     if method.signals() and not counts.parallel:
@@ -183,7 +187,8 @@ def main(argv=None):
     if rank == 0:
         write_json({**chosen, "ranks": world, "steps": steps}, os.path.join(a.out, "settings.json"))
         metrics = open(os.path.join(a.out, "metrics.jsonl"), "w", encoding="utf-8")
-    say("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()))
+    say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()), 110,
+                      subsequent_indent=" " * 10, break_on_hyphens=False, break_long_words=False))
     say(f"run       {steps:,} steps of {a.batch_size} records, {per_epoch:,} an epoch, on {world} x "
         f"{device.type}; {sum(p.numel() for p in model.parameters()):,} parameters")
 

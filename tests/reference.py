@@ -1,4 +1,5 @@
-"""The method computed slowly and plainly: one record at a time, one whole forward pass of transformers for each term."""
+"""The method computed slowly and plainly: one record at a time, one whole forward pass of transformers for
+each term."""
 import torch
 import torch.nn.functional as F
 
@@ -41,7 +42,8 @@ def losses(hf, records, method):
 
 
 def states(hf, ids):
-    """The residual stream (T, D) after layers 0..L; transformers' own last one has the final norm on it already."""
+    """The residual stream (T, D) after layers 0..L; transformers' own last one has the final norm on it
+    already."""
     caught = []
     hook = hf.model.layers[-1].register_forward_hook(lambda module, args, out: caught.append(out))
     h = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1]

@@ -1,4 +1,5 @@
-"""The method against plain forward passes of transformers, its gradients, the fused cross-entropy, the layer choice."""
+"""The method against plain forward passes of transformers, its gradients, the fused cross-entropy, the layer
+choice."""
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,7 @@ from data import Record
 from dft import DFT, Method, choose_layers, cross_entropy, lay_out, lens_entropy
 from model import Tokens, load
 
-RAGGED = [  # prompt, answer, query_en, answer_en, prompt_en: lengths differ on purpose; the fourth is English-only
+RAGGED = [  # prompt, answer, query_en, answer_en, prompt_en: lengths differ; the fourth is English-only
     (7, 5, 4, 6, 8), (9, 1, 1, 1, 3), (4, 8, 6, 3, 5), (5, 6, None, None, None), (12, 3, 9, 10, 11)]
 
 
@@ -25,8 +26,9 @@ def records(seed=0, shapes=RAGGED):
 @pytest.fixture(scope="module")
 def pairs(family):
     """{family: (transformers' model, our model of the same weights)}"""
-    return {name: (AutoModelForCausalLM.from_pretrained(family(name), dtype=torch.float32, attn_implementation="eager"),
-                   load(family(name))) for name in ("llama3", "smollm2", "gemma2-mild")}
+    how = dict(dtype=torch.float32, attn_implementation="eager")
+    return {name: (AutoModelForCausalLM.from_pretrained(family(name), **how), load(family(name)))
+            for name in ("llama3", "smollm2", "gemma2-mild")}
 
 
 def total(sums):
@@ -54,8 +56,7 @@ def same_gradients(got, expected):
         assert (got[key] - expected[key]).norm() <= 1e-5 * length, key
 
 
-ARMS = [("none", "none"), ("logits", "none"), ("none", "logits"), ("logits", "logits"), ("feature", "feature"),
-        ("feature", "none"), ("none", "feature"), ("logits", "feature"), ("feature", "logits")]
+ARMS = [(lc, et) for lc in ("none", "logits", "feature") for et in ("none", "logits", "feature")]
 
 
 @pytest.mark.parametrize("name", ("llama3", "smollm2", "gemma2-mild"))
@@ -108,13 +109,14 @@ def test_tied_embeddings_get_from_an_inner_loss_what_the_input_alone_gives(pairs
     model = pairs["smollm2"][1]
     recs = [Record([1, 5, 6], [7], [8, 9], [10, 11], [1, 12])]
     got = gradients(model, ours(model, recs, Method("logits", "none", 2, 2))["lc"][0])["embed_tokens.weight"]
-    read = {1, 5, 6, 8}                     # 9 is the last of X: predicted, never read; 7 hangs on another branch
+    read = {1, 5, 6, 8}                # 9 is the last of X: predicted, never read; 7 hangs on another branch
     assert {n for n in range(97) if got[n].any()} == read
 
 
 def test_a_branch_leaves_the_stream_at_its_layer(pairs):
     model, seen = pairs["llama3"][1], []
-    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0]))) for layer in model.layers]
+    hooks = [layer.register_forward_pre_hook(lambda _, args: seen.append(len(args[0])))
+             for layer in model.layers]
     ours(model, records(shapes=[(7, 5, 4, 6, 8)]), Method("logits", "logits", 1, 3))
     for hook in hooks:
         hook.remove()
@@ -151,7 +153,7 @@ def dense(x, weight, targets, limit):
 @pytest.mark.parametrize("limit", (None, 30.0))
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16))
 def test_fused_cross_entropy_equals_the_dense_formula_and_its_gradients(dtype, limit, n, monkeypatch):
-    monkeypatch.setattr(dft, "CHUNK", 1000)             # ten tokens of 100 pieces: several chunks, the last one short
+    monkeypatch.setattr(dft, "CHUNK", 1000)     # ten tokens of 100 pieces: several chunks, the last one short
     torch.manual_seed(n)
     x, w = (3 * torch.randn(n, 32)).to(dtype), torch.randn(100, 32).to(dtype)
     targets = torch.randint(100, (n,))
@@ -208,7 +210,7 @@ def test_lens_entropy_equals_that_of_transformers_states_through_its_norm_and_he
 
 
 def test_layers_are_where_the_first_drop_of_entropy_ends_and_the_second_begins():
-    curve = [9.0, 9.0, 5.0] + [5.0] * 13 + [4.0, 3.0, 2.0] + [2.0] * 14         # 32 layers: layer 2, layers 16-18
+    curve = [9.0, 9.0, 5.0] + [5.0] * 13 + [4.0, 3.0, 2.0] + [2.0] * 14     # 32 layers: layer 2, layers 16-18
     i, j, why = choose_layers(curve)
     assert (i, j) == (2, 15) and "2-2" in why and "16-18" in why
 
