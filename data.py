@@ -68,9 +68,10 @@ class Tokenizer:
             ids = (self.ids[np.array(r, dtype=int)] for r in self.bpe.encode_ordinary_batch(texts))
             return [i[i >= 0].tolist() for i in ids]  # transformers, too, drops bytes that it lacks
         out = self.sp.encode(texts, num_threads=os.cpu_count())
+        gemma = self.sp["<start_of_turn>"] != self.sp.unk_id()
         for n, text in enumerate(texts):
-            cuts = [m.end() for m in GEMMA_CONTROL.finditer(text)]
-            if cuts and self.bos_id == 2:   # Gemma: cut behind the bracket (it has no dummy prefix to repeat)
+            cuts = [m.end() for m in GEMMA_CONTROL.finditer(text)] if gemma else []
+            if cuts:        # cut behind the bracket; Gemma puts no prefix before the pieces
                 out[n] = sum(self.sp.encode([text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]), [])
         return out
 
@@ -160,7 +161,7 @@ class Record:
     query_en: list | None = None    # X: the English query without the template, without BOS and EOS
     answer_en: list | None = None   # Y
     prompt_en: list | None = None   # P in English, for the features
-    query: tuple = (0, 0)    # where the target-language query lies in the prompt: first place, place behind
+    query: tuple = (0, 0)           # where the target-language query lies in the prompt: first, behind last
 
 
 @dataclass
@@ -180,8 +181,7 @@ class Counts:
 
 
 def read_rows(path: str) -> list:
-    """A JSONL file or a JSON array of objects -> [(place, object)], the place being "file:line" or
-    "file[index]"."""
+    """A JSONL file or a JSON array of objects -> [(place, object)], places are file:line or file[index]."""
     try:
         with open(path, encoding="utf-8-sig", newline="") as file:
             text = file.read()
@@ -262,9 +262,9 @@ def make_records(rows: list, tokenizer: Tokenizer, side: str, max_length: int):
         lacks = [f"{key}_en" for key in KEYS if f"{key}_en" not in row]
         if 0 < len(lacks) < len(KEYS):
             raise InputError(f"{place}: {', '.join(lacks)} missing; expected all three *_en keys, or none")
-        if side == "both" and lacks and row.get("lang", "en") != "en":
-            raise InputError(f"{place}: lang is {row['lang']!r} and {', '.join(lacks)} are missing; deep "
-                             "supervision needs them (or --data_en FILE)")
+        if side != "target" and lacks and row.get("lang", "en") != "en":
+            raise InputError(f"{place}: lang is {row['lang']!r} and {', '.join(lacks)} are missing, from "
+                             "which this method learns (--data_en FILE can bring them)")
         target = [need(place, row, key) for key in KEYS]
         english = None if lacks else [need(place, row, f"{key}_en") for key in KEYS]
         if side == "english":

@@ -40,6 +40,7 @@ from model import Config, InputError, Tokens, Transformer, fill, save, write_jso
 
 ARMS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
         "dft-feature": ("feature", "feature")}
+SIGNALS = ("none", "logits", "feature")
 # Without --model the demo runs, with settings that suit 3M parameters and 2 minutes.
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
 DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.jsonl"), dtype="fp32",
@@ -51,16 +52,17 @@ PLANNING = ("dry_run", "world_size", "gpu_memory", "peak_tflops", "mfu")
 
 def settings(argv=None) -> argparse.Namespace:
     """The command line, checked as far as it can be without files."""
-    p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                allow_abbrev=False)
+    p = argparse.ArgumentParser(
+        usage="python train.py [--model DIR --data FILE] [...]", description=__doc__, allow_abbrev=False,
+        formatter_class=lambda prog: argparse.RawDescriptionHelpFormatter(prog, 2, 32, 110))
 
     def add(name, default, help, **more):
         if isinstance(default, bool):
             more["action"] = argparse.BooleanOptionalAction
-        elif default is not None:
-            more["type"] = type(default)
-        default_text = "" if default is None else f" (default {default})"
-        group.add_argument(name, default=default, help=help + default_text, **more)
+        elif "choices" not in more:
+            more = {"type": str if default is None else type(default), "metavar": "N", **more}
+        group.add_argument(name, default=default, **more,
+                           help=help + ("" if default is None else f" (default {default})"))
 
     group = p.add_argument_group("data")
     add("--model", None, "folder of LLaMA-2/3, SmolLM2 or Gemma-2 in safetensors; without it the demo runs, "
@@ -71,8 +73,8 @@ def settings(argv=None) -> argparse.Namespace:
     add("--max_length", 512, "tokens; the ends of longer answers are cut, and counted")
     group = p.add_argument_group("method")
     add("--method", "dft-logits", "arm of the paper, see above", choices=ARMS)
-    add("--lc", None, "conversion at layer i, if not --method's", choices=["none", "logits", "feature"])
-    add("--et", None, "thinking at layer j, if not --method's", choices=["none", "logits", "feature"])
+    add("--lc", None, "language conversion at layer i by this, whatever --method says", choices=SIGNALS)
+    add("--et", None, "English thinking at layer j by this, whatever --method says", choices=SIGNALS)
     add("--lc_layer", "auto", "i, 1..L; auto: where the lens entropy's first drop ends, or the paper's 2/32")
     add("--et_layer", "auto", "j, i..L; auto: where the second drop begins, or the paper's 15/32")
     add("--lc_weight", 1.0, "of the conversion loss")
@@ -96,7 +98,7 @@ def settings(argv=None) -> argparse.Namespace:
     add("--device", "auto", "auto takes CUDA where there is some", choices=["auto", "cpu", "cuda"])
     add("--dtype", "bf16", "of the computation; master weights and Adam are fp32 anyway", choices=DTYPES)
     add("--micro_batch_tokens", 4096, "tokens on a GPU at once; less takes less memory for the same result")
-    add("--activation_checkpointing", False, "compute layers again in backward: more time, less memory")
+    add("--activation_checkpointing", False, "layers are computed again in backward: more time, less memory")
     group = p.add_argument_group("planning")
     add("--dry_run", False, "print what the run would take, and stop; needs no weights")
     add("--world_size", 1, "GPUs to plan for")
@@ -181,10 +183,9 @@ def main(argv=None):
     a.lc_layer, a.et_layer = method.lc_layer, method.et_layer
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
 
-    a.out = on_rank_0(lambda: claim(a), rank, world)
     chosen = {key: value for key, value in vars(a).items() if key not in PLANNING}
-    metrics = None
-    if rank == 0:
+    if rank == 0:                                       # the other ranks write nothing
+        chosen["out"] = a.out = claim(a)
         write_json({**chosen, "ranks": world, "steps": steps}, os.path.join(a.out, "settings.json"))
         metrics = open(os.path.join(a.out, "metrics.jsonl"), "w", encoding="utf-8")
     say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()), 110,
@@ -232,7 +233,7 @@ def main(argv=None):
             shown = " ".join(f"{key}={line[key]:.3f}" for key in ("loss", *TERMS) if line[key] is not None)
             bar.set_postfix_str(f"{shown} tok/s={line['tokens_per_s']:,.0f}")
 
-    out = os.path.join(a.out, "model")
+    out = os.path.join(a.out or "", "model")
     save(model.model, out, DTYPES[a.dtype])
     if dist.is_initialized():
         dist.destroy_process_group()                    # what is left is rank 0's alone
@@ -274,8 +275,7 @@ def build(config: Config, method: Method, a, device) -> DFT:
 
 
 def read_layers(model: DFT, records: list):
-    """choose_layers() on the mean entropy over the queries, without the English template, of 16 parallel
-    records."""
+    """choose_layers() on the mean entropy over 16 target-language queries, without their template."""
     picked = [r for r in records if r.query_en is not None][:16]
     tokens = Tokens.plain([r.prompt for r in picked], model.model.config.num_layers)
     places = [tokens.starts[n][0] + t for n, r in enumerate(picked) for t in range(*r.query)] or [0]
@@ -283,8 +283,7 @@ def read_layers(model: DFT, records: list):
 
 
 def deal(batch: list, budget: int, method: Method, config: Config, rank: int, world: int) -> list:
-    """This rank's micro-batches of a global batch; all ranks have equally many, as FSDP's collectives
-    require."""
+    """This rank's micro-batches of a global batch; all ranks have equally many, as FSDP requires."""
     sizes = [lay_out([record], method, config.num_layers).size() for record in batch]
     mine = micro_batches(sizes, budget, world)[rank::world]
     nothing = Record([config.bos_id], [])     # a rank without a record runs one token that nothing supervises
@@ -292,8 +291,7 @@ def deal(batch: list, budget: int, method: Method, config: Config, rank: int, wo
 
 
 def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
-    """Of a step (from 0): (1) warm-up climbs in equal parts up to the peak, (2) then half a cosine goes to
-    0."""
+    """Of a step (from 0): (1) warm-up climbs in equal parts to the peak, (2) half a cosine falls to 0."""
     climb = math.ceil(warmup * steps)
     if step < climb:
         return peak * (step + 1) / climb
@@ -309,37 +307,21 @@ def total(values: list, device, world: int) -> list:
     return summed.tolist()
 
 
-def on_rank_0(do, rank: int, world: int):
-    """What do() gives on rank 0, for every rank; its InputError too."""
-    box = [None, None]
-    if rank == 0:
-        try:
-            box = [do(), None]
-        except InputError as error:
-            box = [None, str(error)]
-    if world > 1:
-        dist.broadcast_object_list(box)
-    if box[1]:
-        raise InputError(box[1])
-    return box[0]
-
-
 def claim(a) -> str:
     """Make the folder of the run; InputError if there is something in it."""
-    if a.out is None:
-        name = os.path.basename(os.path.normpath(a.model))
-        a.out = os.path.join("runs", f"{a.method}-{name}-{datetime.datetime.now():%Y%m%d-%H%M%S}")
-        while os.path.exists(a.out):
-            a.out += "-again"
+    name = f"{a.method}-{os.path.basename(os.path.normpath(a.model))}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
+    out = a.out or os.path.join("runs", name)
+    while a.out is None and os.path.exists(out):
+        out += "-again"
     try:
-        os.makedirs(a.out, exist_ok=True)
-        there = sorted(os.listdir(a.out))
+        os.makedirs(out, exist_ok=True)
+        there = ", ".join(sorted(os.listdir(out))[:3])
     except OSError as error:
-        raise InputError(f"--out {a.out}: {error.strerror}; expected a folder that can be made") from None
+        raise InputError(f"--out {out}: {error.strerror}; expected a folder that can be made") from None
     if there:
-        raise InputError(f"--out {a.out} holds {', '.join(there[:3])}, perhaps another run; give a new "
-                         "folder, or leave --out away for a fresh one under runs/")
-    return a.out
+        raise InputError(f"--out {out} holds {there}, perhaps another run; give a new folder, or leave --out "
+                         "away for a fresh one under runs/")
+    return out
 
 
 def peak_memory(device) -> float:

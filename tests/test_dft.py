@@ -215,9 +215,11 @@ def test_layers_are_where_the_first_drop_of_entropy_ends_and_the_second_begins()
     assert (i, j) == (2, 15) and "2-2" in why and "16-18" in why
 
 
-def test_small_wiggles_are_no_drops():
-    curve = [9.0, 9.0, 5.0, 5.2, 5.1, 5.2, 5.1, 5.2, 3.0, 2.0, 2.1]
-    assert choose_layers(curve)[:2] == (2, 7)
+@pytest.mark.parametrize("between", ([5.2, 5.1, 5.2, 5.1, 5.2],         # wiggles
+                                     [4.9, 4.8, 4.7, 4.6, 4.5],         # a slow slide
+                                     [5.0, 4.3, 4.3, 4.3, 4.3]))        # one small step
+def test_wiggles_slow_slides_and_small_steps_are_no_drops(between):
+    assert choose_layers([9.0, 9.0, 5.0, *between, 3.0, 2.0, 2.1])[:2] == (2, 7)
 
 
 @pytest.mark.parametrize("curve", ([5.0] * 33, [9 - k / 4 for k in range(33)], list(range(33)),

@@ -1,8 +1,10 @@
 """One run: the loop against an independent computation, ranks against accumulation, what it prints and
 refuses."""
+import argparse
 import json
 import math
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -32,7 +34,7 @@ def demo_data(tmp_path_factory):
 
 
 def command(out, data, *more):
-    return ["--model", DEMO, "--data", data, "--out", str(out), "--device", "cpu", "--dtype", "fp32",
+    return ["--model", DEMO, "--data", str(data), "--out", str(out), "--device", "cpu", "--dtype", "fp32",
             "--lc_layer", "1", "--et_layer", "3", "--lr", "1e-4", *map(str, more)]
 
 
@@ -40,11 +42,18 @@ def metrics(out):
     return [json.loads(line) for line in (Path(out) / "metrics.jsonl").read_text().splitlines()]
 
 
-def launch(arguments, ranks=None, cwd=None):
+def launch(arguments, ranks=None):
     """train.py as a user runs it; with `ranks`, under torchrun."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", str(ranks)] if ranks else []
-    return subprocess.run([sys.executable, *torchrun, str(ROOT / "train.py"), *arguments], capture_output=True,
-                          text=True, cwd=cwd, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    run = subprocess.Popen([sys.executable, *torchrun, str(ROOT / "train.py"), *arguments], text=True,
+                           stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True,
+                           env={**os.environ, "OMP_NUM_THREADS": "1"})
+    try:
+        run.stdout, run.stderr = run.communicate(timeout=120)
+    except subprocess.TimeoutExpired:
+        os.killpg(run.pid, signal.SIGKILL)              # ranks that wait for one another wait for ever
+        raise
+    return run
 
 
 # -------------------------------------------------------------------------------------- numbers
@@ -175,6 +184,8 @@ def test_without_out_each_run_gets_a_fresh_folder_under_runs(demo_data, tmp_path
         train.main(arguments[:at] + arguments[at + 2:])
     assert len(os.listdir("runs")) == 2
     assert all(Path("runs", run, "model", "model.safetensors").exists() for run in os.listdir("runs"))
+    settings = argparse.Namespace(out=None, method="tft", model="m")
+    assert len({train.claim(settings) for _ in range(5)}) == 5, "within one second, too"
 
 
 def test_sft_trains_on_english_and_tft_on_the_target_language_alone(demo_data, tmp_path, capsys):
@@ -191,13 +202,19 @@ def test_sft_trains_on_english_and_tft_on_the_target_language_alone(demo_data, t
 
 
 def test_the_test_questions_are_answered_before_and_after_by_language(demo_data, tmp_path, capsys):
-    lines = (ROOT / "demo" / "test.jsonl").read_text(encoding="utf-8").split("\n")
-    picked = [next(line for line in lines if f'"lang": "{lang}"' in line) for lang in ("en", "zh", "vi", "ar")]
-    (tmp_path / "test.jsonl").write_text("\n".join(picked), encoding="utf-8")
-    train.main(command(tmp_path / "run", demo_data, "--steps", 1, "--test", tmp_path / "test.jsonl"))
+    """Trained on the very questions, the model answers them; before, it knew the English one alone."""
+    lines = Path(demo_data).read_text(encoding="utf-8").split("\n")
+    picked = [next(line for line in lines if f'"lang": "{lang}"' in line) for lang in ("zh", "vi", "ar")]
+    (tmp_path / "three.jsonl").write_text("\n".join(picked), encoding="utf-8")
+    row = json.loads(picked[0])
+    english = {key: row[f"{key}_en"] for key in ("instruction", "input", "output")}
+    (tmp_path / "test.jsonl").write_text("\n".join([*picked, json.dumps(english)]), encoding="utf-8")
+    train.main(command(tmp_path / "run", tmp_path / "three.jsonl", "--steps", 40, "--lr", "1e-3",
+                       "--test", tmp_path / "test.jsonl"))
     said = capsys.readouterr().out
     assert "| language | questions | before | after |" in said
-    assert all(f"| {lang} | 1 |" in said for lang in ("ar", "vi", "zh", "en (retention)"))
+    assert all(f"| {lang} | 1 | 0.0% | 100.0% |" in said for lang in ("ar", "vi", "zh"))
+    assert "| en (retention) | 1 | 100.0% |" in said
 
 
 def test_english_only_records_ride_along_in_a_dft_run(demo_data, tmp_path, capsys):
