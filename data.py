@@ -34,27 +34,26 @@ class Tokenizer:
         model, bpe = (os.path.join(config.folder, f) for f in ("tokenizer.model", "tokenizer.json"))
         self.sp = None
         if os.path.exists(model):
-            with open(model, "rb") as file:
-                blob = file.read()
-            if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", blob):
-                self._tiktoken(LLAMA3_WORDS, *read_ranks(blob, model))
-            else:
-                try:
+            try:
+                with open(model, "rb") as file:
+                    blob = file.read()
+                if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", blob):
+                    self._tiktoken(LLAMA3_WORDS, *read_ranks(blob, model))
+                else:
                     self.sp = sentencepiece.SentencePieceProcessor(model_proto=blob)
-                except (RuntimeError, ValueError) as error:
-                    raise InputError(f"{model}: neither sentencepiece nor tiktoken ranks ({error})") from None
-                self.size = self.sp.get_piece_size()
+                    self.size = self.sp.get_piece_size()
+                    self.sp.id_to_piece(list(range(self.size)))         # an error if one is not UTF-8
+            except (RuntimeError, ValueError, OSError) as error:
+                raise InputError(f"{model}: neither sentencepiece nor tiktoken ranks ({error})") from None
         elif os.path.exists(bpe):
             self._tiktoken(*read_bpe(read_json(bpe), bpe))
         else:
             raise InputError(f"{config.folder}: no tokenizer.model and no tokenizer.json, expected one")
         # Models may have rows to spare (padding, special tokens), never rows too few; 1,024 is more than any
         # has.
-        if not self.size <= config.vocab_size <= self.size + 1024:
+        if not 0 < self.size <= config.vocab_size <= self.size + 1024:
             raise InputError(f"{config.folder}: the tokenizer has {self.size} ids, config.json's vocab_size "
                              f"is {config.vocab_size}: they do not belong together")
-        if not max(self.bos_id, *config.eos_ids) < config.vocab_size:
-            raise InputError(f"{config.folder}/config.json: bos_token_id or eos_token_id beyond vocab_size")
 
     def _tiktoken(self, words: str, ranks: dict, ids: list):
         """ranks: {bytes: merge priority}; ids[rank] is the id of that piece."""
@@ -125,10 +124,10 @@ def read_bpe(spec, path: str):
             if key not in ranks:
                 ranks[key] = len(ids)
                 ids.append(int(vocab.get(piece, -1) if len(key) == 1 else vocab[piece]))
-        if min(ids) < -1 or max(ids) >= 2 ** 24:
-            raise ValueError("ids out of range")
+        if min(ids) < -1 or max(ids) >= 2 ** 24 or len(set(ids) - {-1}) < len(ids) - ids.count(-1):
+            raise ValueError("ids out of range, or of two pieces at once")
         return words, ranks, ids
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
         raise InputError(f"{path}: expected a byte-level BPE as of GPT-2, SmolLM2 or LLaMA-3 ("
                          f"{type(error).__name__} {error}); LLaMA-2 and Gemma: tokenizer.model") from None
 
@@ -242,6 +241,9 @@ def need(place: str, row: dict, key: str) -> str:
     if not isinstance(value, str):
         found = json.dumps(value)[:40] if key in row else "missing"
         raise InputError(f"{place}: {key!r} is {found}, expected text; keys: {', '.join(row) or 'none'}")
+    if len(value) > 400_000 and len(max(re.split(r"\S+", value), key=len)) > 400_000:
+        # At a million tiktoken's regular expressions panic.
+        raise InputError(f"{place}: {key!r} holds a run of more than 400,000 spaces or line ends")
     try:
         value.encode("utf-8")
     except UnicodeEncodeError:

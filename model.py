@@ -29,6 +29,10 @@ from torch.utils.checkpoint import checkpoint
 class InputError(Exception):
     """A user's mistake, in one line: what was found where, what was expected, what to do. Exit code 2."""
 
+    def __str__(self):      # what it quotes from a file may be endless, or hold line ends and terminal codes
+        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
+        return text if len(text) < 1000 else f"{text[:600]} ... {text[-300:]}"
+
 
 # ------------------------------------------------------------------------------------------- configuration
 
@@ -94,6 +98,8 @@ class Config:
             refused += [f"rope type {kind!r}"] if kind not in ("default", "llama3") else []
             refused += [f"activation {act!r}"] if act != ("gelu_pytorch_tanh" if gemma else "silu") else []
             refused += ["sliding_window"] if c.get("sliding_window") and not gemma else []
+            refused += [f"layer type {k!r}" for k in c.get("layer_types") or ()
+                        if k not in ("sliding_attention", "full_attention")]
             if refused:
                 raise InputError(f"{path}: needs {', '.join(refused)}, which is not implemented here")
             layers, heads = whole(c, "num_hidden_layers"), whole(c, "num_attention_heads")
@@ -116,19 +122,26 @@ class Config:
                               for kind in (kinds[k] for k in range(layers))),
                 gemma=gemma, bos_id=int(c["bos_token_id"]),
                 eos_ids=tuple(map(int, eos if isinstance(eos, list) else [eos])), raw=raw, folder=folder)
+            numbers = (config.norm_eps, config.rope_theta, config.attn_scale, config.attn_cap,
+                       config.final_cap, *(config.rope_scaling or {}).values())
+            if not all(n is None or 0 < n < 1e30 for n in numbers):             # nor NaN, nor a complex root
+                raise ValueError(f"the epsilon, theta, scale or a cap of {numbers} is no positive number")
         except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
             raise InputError(f"{path}: a key is missing or wrong: {type(error).__name__} {error}") from None
-        if heads % config.num_kv_heads or head_dim % 2 or not config.eos_ids:
+        if heads % config.num_kv_heads or head_dim % 2 or not head_dim or not config.eos_ids:
             raise InputError(f"{path}: {heads} heads over {config.num_kv_heads} key/value heads of "
                              f"size {head_dim}, end tokens {config.eos_ids}: expected whole groups, an even "
                              "size, and an end token")
+        if not all(0 <= i < config.vocab_size for i in (config.bos_id, *config.eos_ids)):
+            raise InputError(f"{path}: bos_token_id or eos_token_id is negative or beyond vocab_size")
         return config
 
 
 def whole(c: dict, key: str) -> int:
-    """c[key], a positive whole number of a sane size."""
-    if type(c[key]) is not int or not 0 < c[key] < 2 ** 31:
-        raise ValueError(f"{key} is {c[key]!r}, expected a positive whole number")
+    """c[key], a positive whole number of a sane size (the bytes of a product of three must fit 63 bits)."""
+    limit = {"num_hidden_layers": 2 ** 10, "max_position_embeddings": 2 ** 31}.get(key, 2 ** 20)
+    if type(c[key]) is not int or not 0 < c[key] < limit:
+        raise ValueError(f"{key} is {c[key]!r}, expected a positive whole number below {limit}")
     return c[key]
 
 
@@ -455,18 +468,20 @@ def generate(model: Transformer, prompts: list, max_new_tokens: int, stop: tuple
 
 CARRIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "generation_config.json")
+FLOATS = ("F32", "F16", "BF16")
 
 
 def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
     """The model of a Hugging Face folder, its weights held in dtype. Peak memory: the weights and 16 MiB."""
     with torch.device("meta"):
         model = Transformer(Config.read(folder)).to(dtype)
+    fitting(model, folder)                                              # before anything is allocated
     return fill(model.to_empty(device=device), folder)
 
 
-def fill(model: Transformer, folder: str) -> Transformer:
-    """Copy the safetensors weights of a folder into a model's parameters, plain or sharded (a rank reads its
-    own rows only). InputError names missing, unexpected, mis-shaped and unreadable tensors."""
+def fitting(model: Transformer, folder: str):
+    """The safetensors of a folder as weight_files() tells them, and the model's parameters by their names in
+    there. InputError names missing, unexpected, mis-shaped and unreadable tensors."""
     found = weight_files(folder)                                        # tensor name -> (file, shape, dtype)
     wanted = {hf_name(name): p for name, p in model.named_parameters()}
     extra = {n for n in found if n not in wanted and not n.endswith("rotary_emb.inv_freq")}    # an old buffer
@@ -477,10 +492,17 @@ def fill(model: Transformer, folder: str) -> Transformer:
     for n, p in wanted.items():
         _, shape, kind = found.get(n, (None, list(p.shape), "F32"))
         wrong += [f"{n} is {shape}, expected {list(p.shape)}"] if shape != list(p.shape) else []
-        wrong += [f"{n} is {kind}, expected floats"] if kind not in ("F32", "F16", "BF16") else []
+        wrong += [f"{n} is {kind}, expected floats"] if kind not in FLOATS else []
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
+    return found, wanted
+
+
+def fill(model: Transformer, folder: str) -> Transformer:
+    """Copy the safetensors weights of a folder into a model's parameters, plain or sharded (a rank reads its
+    own rows only). InputError as fitting()."""
+    found, wanted = fitting(model, folder)
     for name, p in wanted.items():
         local, first = p.detach(), 0
         if isinstance(local, DTensor):    # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
@@ -538,7 +560,7 @@ def weight_files(folder: str) -> dict:
 
 def same(found: dict, a: str, b: str) -> bool:
     """Whether two stored tensors are equal."""
-    if b not in found or found[a][1:] != found[b][1:]:
+    if b not in found or found[a][1:] != found[b][1:] or found[a][2] not in FLOATS:
         return False
     with open_weights(found[a][0]) as one, open_weights(found[b][0]) as other:
         return torch.equal(one.get_tensor(a), other.get_tensor(b))

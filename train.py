@@ -36,7 +36,7 @@ from tqdm import tqdm
 from data import Record, Tokenizer, batch_of, make_records, micro_batches, read_parallel, steps_per_epoch
 from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
 from eval import DTYPES, compare, pick_device, read_questions
-from model import Config, InputError, Tokens, Transformer, fill, save, write_json
+from model import Config, InputError, Tokens, Transformer, fill, fitting, save, write_json
 
 ARMS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
         "dft-feature": ("feature", "feature")}
@@ -261,6 +261,7 @@ def build(config: Config, method: Method, a, device) -> DFT:
     """
     with torch.device("meta"):
         model = DFT(Transformer(config), method)
+    fitting(model.model, a.model)               # a folder that does not fit is told before memory is taken
     model.model.compute_dtype = DTYPES[a.dtype]
     for layer in model.model.layers:
         layer.checkpointing = a.activation_checkpointing
