@@ -231,7 +231,7 @@ def main(argv=None):
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             shown = " ".join(f"{key}={line[key]:.3f}" for key in ("loss", *TERMS) if line[key] is not None)
-            bar.set_postfix_str(f"{shown} tok/s={line['tokens_per_s']:,.0f}")
+            bar.set_postfix_str(f"{shown} tok/s={line['tokens_per_s']:,.0f}", refresh=False)
 
     out = os.path.join(a.out or "", "model")
     save(model.model, out, DTYPES[a.dtype])
