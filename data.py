@@ -49,8 +49,7 @@ class Tokenizer:
             self._tiktoken(*read_bpe(read_json(bpe), bpe))
         else:
             raise InputError(f"{config.folder}: no tokenizer.model and no tokenizer.json, expected one")
-        # Models may have rows to spare (padding, special tokens), never rows too few; 1,024 is more than any
-        # has.
+        # A model may have rows to spare (padding, special tokens: never 1,024 of them), but not too few.
         if not 0 < self.size <= config.vocab_size <= self.size + 1024:
             raise InputError(f"{config.folder}: the tokenizer has {self.size} ids, config.json's vocab_size "
                              f"is {config.vocab_size}: they do not belong together")

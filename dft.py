@@ -87,6 +87,16 @@ class Batch:
         return len(self.tokens.ids) + (len(self.english.ids) if self.english else 0)
 
 
+def size_of(record, method: Method) -> int:
+    """Tokens that a record puts into a pass, counted without laying it out."""
+    names = ["prompt", "answer"]
+    if record.query_en is not None:
+        names += ["answer_en"] * method.branches("et") + ["query_en"] * method.branches("lc")
+        names += ["prompt_en"] * ("feature" in (method.lc, method.et))
+        names += ["answer_en"] * (method.et == "feature")
+    return sum(len(getattr(record, name)) for name in names)
+
+
 def lay_out(records: list, method: Method, L: int) -> Batch:
     """data.Records -> Batch for a model of L layers. One without an English side takes part in (2) only."""
     rows, rows_en, parallel = [], [], []
@@ -271,7 +281,7 @@ def choose_layers(entropy: list):
             first = None
     if len(drops) >= 2:
         (a, i), (b, c) = drops[:2]
-        return i, b - 1, f"entropy falls in layers {a}-{i} and again in {b}-{c}"
+        return i, b - 1, f"the entropy falls in layers {a}-{i} and again in {b}-{c}"
     return (max(1, round(2 / 32 * L)), max(1, round(15 / 32 * L)),
-            f"entropy has {len(drops)} clear drop{'s' * (not drops)} on this model, not two; these are the "
-            "paper's 2/32 and 15/32 of the depth")
+            f"the entropy has {len(drops)} clear drop{'s' * (not drops)} on this model, not two; these are "
+            "the paper's 2/32 and 15/32 of the depth")

@@ -34,7 +34,7 @@ from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
 from data import Record, Tokenizer, batch_of, make_records, micro_batches, read_parallel, steps_per_epoch
-from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
+from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out, size_of
 from eval import DTYPES, compare, pick_device, read_questions
 from model import Config, InputError, Tokens, Transformer, fill, fitting, save, write_json
 
@@ -179,7 +179,7 @@ def main(argv=None):
         i, j, why = read_layers(model, records)
         method.lc_layer, method.et_layer = method.lc_layer or i, method.et_layer or j
         check_order(method)
-        say(f"layers    auto: i = {i}, j = {j} of {config.num_layers}, as the {why}")
+        say(f"layers    auto: i = {method.lc_layer}, j = {method.et_layer} of {config.num_layers}, as {why}")
     a.lc_layer, a.et_layer = method.lc_layer, method.et_layer
     optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
 
@@ -285,8 +285,7 @@ def read_layers(model: DFT, records: list):
 
 def deal(batch: list, budget: int, method: Method, config: Config, rank: int, world: int) -> list:
     """This rank's micro-batches of a global batch; all ranks have equally many, as FSDP requires."""
-    sizes = [lay_out([record], method, config.num_layers).size() for record in batch]
-    mine = micro_batches(sizes, budget, world)[rank::world]
+    mine = micro_batches([size_of(record, method) for record in batch], budget, world)[rank::world]
     nothing = Record([config.bos_id], [])     # a rank without a record runs one token that nothing supervises
     return [lay_out([batch[n] for n in picked] or [nothing], method, config.num_layers) for picked in mine]
 

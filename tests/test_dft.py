@@ -131,6 +131,15 @@ def test_terms_of_a_batch_are_the_sums_of_its_records_alone(pairs):
         assert whole[term][1] == sum(one[term][1] for one in alone)
 
 
+@pytest.mark.parametrize("arm", ARMS)
+@pytest.mark.parametrize("align", ("branch", "position"))
+def test_the_size_of_a_record_is_what_it_puts_into_a_pass(arm, align):
+    method, recs = Method(*arm, 1, 3, align=align), records()
+    for r in recs:                  # beside a parallel one: alone, an English-only record brings a token more
+        pair = [recs[0], r]
+        assert sum(dft.size_of(one, method) for one in pair) == lay_out(pair, method, 4).size()
+
+
 @pytest.mark.parametrize("kind", ("logits", "feature"))
 def test_a_batch_without_parallel_records_or_without_any_answer_gives_zeros_with_a_graph(pairs, kind):
     model = pairs["llama3"][1]
