@@ -1,9 +1,11 @@
 """data.py: text to tensors. Tokenizers, parallel records, the prompt, and batches in a reproducible order."""
 import base64
+import hashlib
 import json
 import math
 import os
 import re
+from array import array
 from dataclasses import dataclass
 
 import numpy as np
@@ -316,6 +318,15 @@ def shared(a: list, b: list) -> int:
 
 
 # ---------------------------------------------------------------------------------------------- batches
+
+def fingerprint(records: list) -> str:
+    """A digest of all ids of all records in their order: other data, tokenizers or cuts give another one."""
+    ids = hashlib.sha256()
+    for record in records:
+        for part in vars(record).values():
+            ids.update(array("q", [*(part or ()), -1]))
+    return ids.hexdigest()[:16]
+
 
 def steps_per_epoch(n: int, batch_size: int) -> int:
     """Batches in n records; the last one may be smaller, and none is left out."""

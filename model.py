@@ -21,7 +21,6 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 
@@ -468,7 +467,7 @@ def generate(model: Transformer, prompts: list, max_new_tokens: int, stop: tuple
 
 CARRIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
            "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-FLOATS = ("F32", "F16", "BF16")
+FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
 
 
 def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
@@ -492,7 +491,7 @@ def fitting(model: Transformer, folder: str):
     for n, p in wanted.items():
         _, shape, kind = found.get(n, (None, list(p.shape), "F32"))
         wrong += [f"{n} is {shape}, expected {list(p.shape)}"] if shape != list(p.shape) else []
-        wrong += [f"{n} is {kind}, expected floats"] if kind not in FLOATS else []
+        wrong += [f"{n} is {kind}, expected floats"] if kind not in FLOATS.values() else []
     if wrong:
         more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
         raise InputError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
@@ -504,17 +503,32 @@ def fill(model: Transformer, folder: str) -> Transformer:
     own rows only). InputError as fitting()."""
     found, wanted = fitting(model, folder)
     for name, p in wanted.items():
-        local, first = p.detach(), 0
-        if isinstance(local, DTensor):    # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
-            dim = [place.is_shard() for place in p.placements].index(True)
-            first = p.device_mesh.get_local_rank(dim) * -(-p.shape[0] // p.device_mesh.size(dim))
-            local = local.to_local()
-        step = max(1, 2 ** 22 // p[0].numel())                              # rows in 16 MiB of fp32
-        for a in range(0, len(local), step):
-            b = min(a + step, len(local))
+        rows, first, _ = own_rows(p)
+        for a, b in pieces(rows):
             with open_weights(found[name][0]) as file:    # anew: mapped pages count as ours till it is closed
-                local[a:b].copy_(file.get_slice(name)[first + a:first + b])
+                rows[a:b].copy_(file.get_slice(name)[first + a:first + b])
     return model
+
+
+def own_rows(p):
+    """Of a parameter, plain or sharded: the rows that this rank holds, the place of their first one in the
+    whole, and whether this rank is the first of those that hold them (replicas hold the same)."""
+    p, first, foremost = p.detach(), 0, True
+    if not isinstance(p, DTensor):
+        return p, first, foremost
+    for dim, place in enumerate(p.placements):
+        rank = p.device_mesh.get_local_rank(dim)
+        if place.is_shard():              # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
+            first = rank * -(-p.shape[0] // p.device_mesh.size(dim))
+        else:
+            foremost = foremost and rank == 0
+    return p.to_local(), first, foremost
+
+
+def pieces(rows) -> list:
+    """(begin, end) of consecutive rows that hold at most 16 MiB of fp32 together."""
+    step = max(1, 2 ** 22 // math.prod(rows.shape[1:]))
+    return [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
 
 
 def hf_name(name: str) -> str:
@@ -560,7 +574,7 @@ def weight_files(folder: str) -> dict:
 
 def same(found: dict, a: str, b: str) -> bool:
     """Whether two stored tensors are equal."""
-    if b not in found or found[a][1:] != found[b][1:] or found[a][2] not in FLOATS:
+    if b not in found or found[a][1:] != found[b][1:] or found[a][2] not in FLOATS.values():
         return False
     with open_weights(found[a][0]) as one, open_weights(found[b][0]) as other:
         return torch.equal(one.get_tensor(a), other.get_tensor(b))
@@ -568,34 +582,45 @@ def same(found: dict, a: str, b: str) -> bool:
 
 def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 ** 9) -> None:
     """Write a Hugging Face folder that transformers and vLLM load: config, generation config, the tokenizer
-    files of the folder that the model came from, and weights in dtype (default: the model's), in shards of at
-    most shard_bytes. All ranks call it; rank 0 writes, holding one shard at a time. The folder bears its name
-    only when it is whole.
+    files of the folder that the model came from, and weights in dtype (default: the model's), in files of
+    about shard_bytes at most. All ranks call it, and each writes its own rows into their places, 16 MiB at a
+    time: no tensor is ever gathered. The folder bears its name only when it is whole.
     """
-    params, c = list(model.named_parameters()), model.config
-    dtype = dtype or params[0][1].dtype
-    shards, size = [[]], 0
-    for name, p in params:
+    c, dtype = model.config, dtype or next(model.parameters()).dtype
+    files, size = [{}], 0                                               # the tensors of each file, by name
+    for name, p in model.named_parameters():
         size += p.numel() * dtype.itemsize
-        if shards[-1] and size > shard_bytes:
-            shards.append([])
+        if files[-1] and size > shard_bytes:
+            files.append({})
             size = p.numel() * dtype.itemsize
-        shards[-1].append((name, p))
-    writer = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    part, weight_map = folder.rstrip("/") + ".partial", {}
+        files[-1][hf_name(name)] = p
+    files = {"model.safetensors" if len(files) == 1 else f"model-{s:05d}-of-{len(files):05d}.safetensors": t
+             for s, t in enumerate(files, 1)}
+    together = torch.distributed.is_initialized()
+    writer = not together or torch.distributed.get_rank() == 0
+    part = folder.rstrip("/") + ".partial"
     if writer:
         shutil.rmtree(part, ignore_errors=True)
         os.makedirs(part)
-    for s, shard in enumerate(shards, 1):
-        file, state = f"model-{s:05d}-of-{len(shards):05d}.safetensors", {}
-        file = "model.safetensors" if len(shards) == 1 else file
-        for name, p in shard:
-            full = p.detach().full_tensor() if isinstance(p, DTensor) else p.detach()   # on all ranks
-            if writer:
-                state[hf_name(name)], weight_map[hf_name(name)] = full.to("cpu", dtype).contiguous(), file
-        if writer:
-            save_file(state, os.path.join(part, file), metadata={"format": "pt"})
-            os.chmod(os.path.join(part, file), 0o644)       # safetensors makes it the owner's alone
+        for file, tensors in files.items():
+            with open(os.path.join(part, file), "wb") as out:
+                out.write(header(tensors, dtype))
+    if together:
+        torch.distributed.barrier()
+    for file, tensors in files.items():
+        place = len(header(tensors, dtype))
+        with open(os.path.join(part, file), "r+b") as out:
+            for p in tensors.values():
+                rows, first, foremost = own_rows(p)
+                row_bytes = math.prod(p.shape[1:]) * dtype.itemsize
+                out.seek(place + first * row_bytes)
+                for a, b in pieces(rows) if foremost else ():
+                    out.write(rows[a:b].to("cpu", dtype).contiguous().view(torch.uint8).numpy())
+                place += len(p) * row_bytes
+            out.flush()
+            os.fsync(out.fileno())
+    if together:
+        torch.distributed.barrier()
     if not writer:
         return
     raw = {"architectures": ["Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"], **c.raw,
@@ -604,9 +629,11 @@ def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 
     write_json(raw, os.path.join(part, "config.json"))
     write_json(dict(bos_token_id=c.bos_id, eos_token_id=list(c.eos_ids)),
                os.path.join(part, "generation_config.json"))
-    if len(shards) > 1:
-        write_json(dict(metadata=dict(total_size=sum(p.numel() for _, p in params) * dtype.itemsize),
-                        weight_map=weight_map), os.path.join(part, "model.safetensors.index.json"))
+    if len(files) > 1:
+        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
+        weight_map = {name: file for file, tensors in files.items() for name in tensors}
+        write_json(dict(metadata=dict(total_size=total), weight_map=weight_map),
+                   os.path.join(part, "model.safetensors.index.json"))
     for file in CARRIED:
         if os.path.exists(os.path.join(c.folder, file)):
             shutil.copyfile(os.path.join(c.folder, file), os.path.join(part, file))
@@ -614,7 +641,22 @@ def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 
     os.rename(part, folder)
 
 
+def header(tensors: dict, dtype) -> bytes:
+    """What a safetensors file of these tensors begins with: the length of a JSON object, and the object: the
+    dtype, shape and place of each. (The library writes only what is whole in memory.)"""
+    entries, end = {"__metadata__": {"format": "pt"}}, 0
+    for name, p in tensors.items():
+        begin, end = end, end + p.numel() * dtype.itemsize
+        entries[name] = dict(dtype=FLOATS[dtype], shape=list(p.shape), data_offsets=[begin, end])
+    text = json.dumps(entries).encode()
+    text += b" " * (-len(text) % 8)                                     # so that the data are aligned
+    return len(text).to_bytes(8, "little") + text
+
+
 def write_json(value, path: str) -> None:
-    """Write a value as JSON, one key a line."""
-    with open(path, "w", encoding="utf-8") as file:
+    """Write a value as JSON, one key a line; after a crash the file is the old one or the new one."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(path + ".tmp", path)

@@ -15,28 +15,42 @@ without an English side are trained on as they are. --method names the arms of t
     dft-feature   and pooled states at i and j must point where English ones do: best on understanding
 
 OUT/model is a Hugging Face folder, OUT/metrics.jsonl has a line a step, OUT/settings.json says what was run.
+A run that died, or got SIGTERM or SIGUSR1, goes on from OUT/checkpoints when the same command is given again.
 """
 import argparse
+import contextlib
+import dataclasses
 import datetime
+import fcntl
+import hashlib
 import json
 import math
 import os
+import re
 import resource
+import shutil
+import signal
 import sys
 import textwrap
 import time
+import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
+from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import Record, Tokenizer, batch_of, make_records, micro_batches, read_parallel, steps_per_epoch
+from data import (Record, Tokenizer, batch_of, fingerprint, make_records, micro_batches, read_parallel,
+                  steps_per_epoch)
 from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out, size_of
 from eval import DTYPES, compare, pick_device, read_questions
-from model import Config, InputError, Tokens, Transformer, fill, fitting, save, write_json
+from model import (Config, InputError, Tokens, Transformer, fill, fitting, own_rows, read_json, save,
+                   write_json)
 
 ARMS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
         "dft-feature": ("feature", "feature")}
@@ -45,7 +59,12 @@ SIGNALS = ("none", "logits", "feature")
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
 DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.jsonl"), dtype="fp32",
             test=os.path.join(HERE, "test.jsonl"), batch_size=32, lr=5e-4, epochs=5)
+warnings.filterwarnings("ignore", "torch.distributed is disabled")     # checkpoints of one process say that
 PLANNING = ("dry_run", "world_size", "gpu_memory", "peak_tflops", "mfu")
+# What may differ when a run goes on: places, and how it is computed. (steps and data have keys of their own.)
+FREE = ("model", "data", "data_en", "test", "out", "epochs", "device", "ranks", "replicas", "cpu_offload",
+        "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "save_every", "keep", "save_async",
+        "resume")
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -92,6 +111,7 @@ def settings(argv=None) -> argparse.Namespace:
     add("--warmup", 0.03, "share of the steps that climb to it; a cosine to 0 follows")
     add("--weight_decay", 0.0, "AdamW's")
     add("--clip", 1.0, "largest norm of the gradient")
+    add("--max_bad_steps", 10, "in a row, skipped since loss or gradient is not finite, and the run stops")
     add("--seed", 0, "of the order of the records")
     group = p.add_argument_group("run")
     add("--out", None, "folder without a run in it; without this, a fresh one under runs/", metavar="DIR")
@@ -99,6 +119,17 @@ def settings(argv=None) -> argparse.Namespace:
     add("--dtype", "bf16", "of the computation; master weights and Adam are fp32 anyway", choices=DTYPES)
     add("--micro_batch_tokens", 4096, "tokens on a GPU at once; less takes less memory for the same result")
     add("--activation_checkpointing", False, "layers are computed again in backward: more time, less memory")
+    add("--cpu_offload", False, "weights, gradients and Adam stay in host memory: slower; needs torchrun")
+    add("--replicas", 1, "groups of GPUs that each hold the whole model, say one a machine: weights then "
+        "travel within a group, and between groups gradients alone")
+    group = p.add_argument_group("checkpoints", "in OUT/checkpoints: all that a run needs to go on, bit for "
+                                 "bit, as safetensors and JSON")
+    add("--save_every", 100, "steps; 0: never, but on SIGTERM and SIGUSR1")
+    add("--keep", 2, "of them, the newest; the disk must hold one more, 12 bytes a parameter each")
+    add("--save_async", "auto", "write while training goes on, from a copy in host memory; auto: on a GPU",
+        choices=["auto", "yes", "no"])
+    add("--resume", "auto", "auto: a run that --out holds goes on; never: it is refused",
+        choices=["auto", "never"])
     group = p.add_argument_group("planning")
     add("--dry_run", False, "print what the run would take, and stop; needs no weights")
     add("--world_size", 1, "GPUs to plan for")
@@ -112,8 +143,8 @@ def settings(argv=None) -> argparse.Namespace:
     a.lc, a.et = (over or arm for over, arm in zip((a.lc, a.et), ARMS[a.method]))
     if a.method == "sft" and (a.lc, a.et) != ("none", "none"):
         raise InputError("--method sft trains on English alone: --lc and --et need another method")
-    least = dict(max_length=1, epochs=1, steps=1, batch_size=1, micro_batch_tokens=1, world_size=1, warmup=0,
-                 weight_decay=0, lc_weight=0, et_weight=0, seed=0)
+    least = dict(max_length=1, epochs=1, steps=1, batch_size=1, micro_batch_tokens=1, world_size=1,
+                 max_bad_steps=1, replicas=1, keep=1)
     for key, value in vars(a).items():
         if isinstance(value, (int, float)) and not least.get(key, 0) <= value < math.inf:
             raise InputError(f"--{key} is {value}, expected at least {least.get(key, 0)}")
@@ -160,8 +191,8 @@ def main(argv=None):
     method = make_method(a, config)
     if a.dry_run:
         return print(plan(a, config, method))
-    device, rank, world = start(a)
-    say = print if rank == 0 else lambda *_: None
+    ranks = start(a)
+    say = print if ranks.rank == 0 else lambda *_: None
 
     if a.test:
         read_questions(a.test)                          # a mistake in it should not wait for the end
@@ -173,91 +204,184 @@ def main(argv=None):
     say(f"data      {a.data}: {counts}")
     per_epoch = steps_per_epoch(len(records), a.batch_size)
     steps = a.steps or a.epochs * per_epoch
+    now = {**{key: value for key, value in vars(a).items() if key not in PLANNING}, "ranks": ranks.world,
+           "steps": steps, "records": fingerprint(records)}
+    a.out, before = ranks.first(lambda: claim(a, now))
+    out = os.path.join(a.out, "model")
+    if before and os.path.exists(out):
+        return say(f"This run is finished: the model is in {out}; for another one give another --out")
+    if before:                                          # layers that were chosen then are not chosen anew
+        a.lc_layer, a.et_layer = str(before["lc_layer"]), str(before["et_layer"])
+        method = make_method(a, config)
 
-    model = build(config, method, a, device)
+    with memory_for("loading weights and AdamW's moments", a):
+        model = build(config, method, a, ranks)
+        optimizer = make_optimizer(model, a)
     if method.signals() and "auto" in (a.lc_layer, a.et_layer):
         i, j, why = read_layers(model, records)
         method.lc_layer, method.et_layer = method.lc_layer or i, method.et_layer or j
         check_order(method)
         say(f"layers    auto: i = {method.lc_layer}, j = {method.et_layer} of {config.num_layers}, as {why}")
-    a.lc_layer, a.et_layer = method.lc_layer, method.et_layer
-    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
-
-    chosen = {key: value for key, value in vars(a).items() if key not in PLANNING}
-    if rank == 0:                                       # the other ranks write nothing
-        chosen["out"] = a.out = claim(a)
-        write_json({**chosen, "ranks": world, "steps": steps}, os.path.join(a.out, "settings.json"))
-        metrics = open(os.path.join(a.out, "metrics.jsonl"), "w", encoding="utf-8")
-    say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()), 110,
+    now |= dict(out=a.out, lc_layer=method.lc_layer or "auto", et_layer=method.et_layer or "auto")
+    if ranks.rank == 0:
+        write_json(now, os.path.join(a.out, "settings.json"))
+    say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in now.items()), 110,
                       subsequent_indent=" " * 10, break_on_hyphens=False, break_long_words=False))
-    say(f"run       {steps:,} steps of {a.batch_size} records, {per_epoch:,} an epoch, on {world} x "
-        f"{device.type}; {sum(p.numel() for p in model.parameters()):,} parameters")
+    say(f"run       {steps:,} steps of {a.batch_size} records, {per_epoch:,} an epoch, on {ranks.world} x "
+        f"{ranks.device.type}; {sum(p.numel() for p in model.parameters()):,} parameters")
+    run = load_checkpoint(a.out, model, optimizer, ranks, say) if before else Progress()
+    train(model, optimizer, records, run, now, a, ranks)
+    if run.step == steps:
+        must_be_finite(dict(model.named_parameters()), a.out, run.step, ranks)
+        save(model.model, out, DTYPES[a.dtype])
+    if ranks.group:
+        dist.destroy_process_group()                    # what is left is rank 0's alone
+    if run.step < steps:
+        say(f"stopped   by a signal after step {run.step:,} of {steps:,}; the same command goes on from it")
+    elif ranks.rank == 0:
+        report(a, run, out, ranks.device)
 
-    bar = tqdm(range(steps), desc=a.method, unit="step", disable=rank > 0, dynamic_ncols=True,
-               mininterval=0.1 if sys.stderr.isatty() else 10)
+
+def train(model: DFT, optimizer, records: list, run: "Progress", now: dict, a, ranks: "Ranks") -> None:
+    """The loop, from run.step to the last step, or till a signal ends it."""
+    method, steps, config = model.method, now["steps"], model.model.config
+    per_epoch = steps_per_epoch(len(records), a.batch_size)
+    if ranks.rank == 0:
+        metrics = open(os.path.join(a.out, "metrics.jsonl"), "a+b")
+        try:
+            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)             # till this process ends
+        except BlockingIOError:
+            raise OSError(f"{a.out}: another process is training in it; end that one, or give another --out")
+        metrics.seek(0)
+        for _ in range(run.step):
+            metrics.readline()
+        metrics.truncate()                    # what came after the checkpoint is done again; no line is torn
+    signals, pending = [], None
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda number, _: signals.append(number))
+
+    bar = tqdm(range(run.step, steps), desc=a.method, unit="step", initial=run.step, total=steps,
+               disable=ranks.rank > 0, dynamic_ncols=True, mininterval=0.1 if sys.stderr.isatty() else 10)
     for step in bar:
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = lr = learning_rate(step, steps, a.lr, a.warmup)
         batch = [records[n] for n in batch_of(step, len(records), a.batch_size, a.seed)]
-        batches = deal(batch, a.micro_batch_tokens, method, config, rank, world)
-        *counts, tokens = total([sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
-                                + [sum(b.size() for b in batches)], device, world)
+        batches = deal(batch, a.micro_batch_tokens, method, config, ranks)
+        *counts, tokens = ranks.total([sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
+                                      + [sum(b.size() for b in batches)])
         counts = {term: max(count, 1) for term, count in zip(TERMS, counts)}
-        sums = torch.zeros(len(TERMS), device=device)
+        sums = torch.zeros(len(TERMS), device=ranks.device)
         for b in batches:
-            losses = model(b)
-            # A mean over the whole global batch; FSDP averages gradients over the ranks, hence `world`.
-            loss = sum(method.weight(term) * value / counts[term] for term, value in losses.items())
-            (loss * world).backward()
+            with memory_for(f"a micro-batch of {len(b.tokens.starts)} records and {b.size():,} tokens", a):
+                losses = model(b)
+                # A mean over the whole global batch; FSDP averages gradients over the ranks, hence `world`.
+                loss = sum(method.weight(term) * value / counts[term] for term, value in losses.items())
+                (loss * ranks.world).backward()
             sums += torch.stack([losses[t].detach() if t in losses else sums.new_zeros(()) for t in TERMS])
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), a.clip)
         norm = (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
-        sums = dict(zip(TERMS, total(sums.tolist(), device, world)))
-        if not math.isfinite(norm + sum(sums.values())):
-            raise FloatingPointError(f"step {step + 1}: the loss or its gradient is not finite; no model was "
-                                     f"saved; try an --lr below {a.lr}, or --dtype fp32")
-        optimizer.step()
+        *sums, signalled = ranks.total([*sums.tolist(), len(signals)])
+        run.step += 1
+        fine = math.isfinite(norm + sum(sums))                              # the same on all ranks
+        if fine:
+            optimizer.step()
+            run.updates += 1
+        run.bad = 0 if fine else run.bad + 1
         optimizer.zero_grad()
 
-        mean = {t: sums[t] / counts[t] if t == "tft" or t in method.signals() else None for t in TERMS}
-        seconds = time.perf_counter() - began
-        line = dict(step=step + 1, epoch=round((step + 1) / per_epoch, 4),
-                    loss=sum(method.weight(t) * value for t, value in mean.items() if value is not None),
-                    **mean, lr=lr, grad_norm=norm, tokens=int(tokens),
+        seconds, sums = time.perf_counter() - began, dict(zip(TERMS, sums))
+        mean = {t: sums[t] / counts[t] if fine and (t == "tft" or t in method.signals()) else None
+                for t in TERMS}
+        loss = sum(method.weight(t) * value for t, value in mean.items() if value is not None)
+        line = dict(step=run.step, epoch=round(run.step / per_epoch, 4), loss=loss if fine else None,
+                    **mean, lr=lr, grad_norm=norm if fine else None, tokens=int(tokens),
                     tokens_per_s=round(tokens / seconds, 1), seconds=round(seconds, 4),
-                    peak_mem_mib=round(peak_memory(device)))
-        if rank == 0:
-            metrics.write(json.dumps(line) + "\n")
+                    peak_mem_mib=round(peak_memory(ranks.device)), skipped=run.step - run.updates)
+        if ranks.rank == 0:
+            metrics.write(json.dumps(line).encode() + b"\n")
             metrics.flush()
             shown = " ".join(f"{key}={line[key]:.3f}" for key in ("loss", *TERMS) if line[key] is not None)
             bar.set_postfix_str(f"{shown} tok/s={line['tokens_per_s']:,.0f}", refresh=False)
+            if not fine:
+                bar.write(f"skipped   step {run.step}: loss or gradient is not finite; {run.bad} in a row, "
+                          f"{line['skipped']} in all")
+        if run.bad == a.max_bad_steps:
+            raise FloatingPointError(
+                f"step {run.step}: loss or gradient was not finite {run.bad} steps in a row; {last(a.out)}; "
+                f"try an --lr below {a.lr} or --dtype fp32, with a new --out")
+        due = signalled or a.save_every and run.step % a.save_every == 0 and not run.bad
+        if pending and (due or pending.done()):
+            pending = pending.result()                                  # raises what went wrong in there
+        if due:
+            if ranks.rank == 0:
+                os.fsync(metrics.fileno())                  # no checkpoint is ahead of its lines
+            pending = save_checkpoint(a, model, optimizer, run, now, ranks)
+        if signalled and run.step < steps:
+            break
+    if pending:
+        pending.result()
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, signal.SIG_DFL)
 
-    out = os.path.join(a.out or "", "model")
-    save(model.model, out, DTYPES[a.dtype])
-    if dist.is_initialized():
-        dist.destroy_process_group()                    # what is left is rank 0's alone
-    if rank == 0:
-        report(a, out, device)
+
+@dataclasses.dataclass
+class Ranks:
+    """This process among the others of a run; `group` is for checkpoints, which may be written meanwhile."""
+    device: torch.device
+    rank: int = 0
+    world: int = 1
+    group: object = None
+
+    def total(self, values: list) -> list:
+        """Each number summed over the ranks."""
+        if self.world == 1:
+            return values
+        summed = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(summed)
+        return summed.tolist()
+
+    def first(self, action):
+        """What action() returns on rank 0, on every rank; its InputError or OSError is raised on all."""
+        answer = [None]
+        if self.rank == 0:
+            try:
+                answer = [action()]
+            except (InputError, OSError) as error:
+                answer = [InputError(str(error))]
+        if self.world > 1:
+            dist.broadcast_object_list(answer)
+        if isinstance(answer[0], InputError):
+            raise answer[0]
+        return answer[0]
 
 
-def start(a):
-    """(device, rank, world size); under torchrun, with a process group."""
+def start(a) -> Ranks:
+    """Where this process stands; under torchrun, with process groups."""
     kind = pick_device(a.device)
+    torch.manual_seed(a.seed + int(os.environ.get("RANK", 0)))
     if "RANK" not in os.environ:
-        return torch.device(kind), 0, 1
+        if a.replicas > 1 or a.cpu_offload:
+            raise InputError("--replicas and --cpu_offload need torchrun (for --cpu_offload on one GPU: "
+                             "torchrun --nproc_per_node 1 train.py ...)")
+        return Ranks(torch.device(kind))
+    if not a.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        raise InputError("torchrun --max-restarts needs --out DIR, where a restart finds the run")
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if kind == "cuda" else "gloo")
-    return device, dist.get_rank(), dist.get_world_size()
+    dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
+    if dist.get_world_size() % a.replicas:
+        raise InputError(f"--replicas {a.replicas} does not divide the {dist.get_world_size()} ranks")
+    return Ranks(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
-def build(config: Config, method: Method, a, device) -> DFT:
+def build(config: Config, method: Method, a, ranks: Ranks) -> DFT:
     """The model with its weights, in fp32, sharded over the ranks under torchrun.
 
     FSDP2: each layer is a group of its own; embedding, final norm and head are one, the root's, so that a
-    tied head stays tied. Weights are gathered in the compute dtype, gradients summed in fp32.
+    tied head stays tied. Weights are gathered in the compute dtype, gradients summed in fp32. With replicas
+    the ranks are a (replicas, shards) mesh. No rank reads or holds more than its rows.
     """
     with torch.device("meta"):
         model = DFT(Transformer(config), method)
@@ -265,12 +389,15 @@ def build(config: Config, method: Method, a, device) -> DFT:
     model.model.compute_dtype = DTYPES[a.dtype]
     for layer in model.model.layers:
         layer.checkpointing = a.activation_checkpointing
-    if dist.is_initialized():
-        mesh = init_device_mesh(device.type, (dist.get_world_size(),))
+    if ranks.group:
+        mesh = init_device_mesh(ranks.device.type, (a.replicas, ranks.world // a.replicas),
+                                mesh_dim_names=("replica", "shard"))
+        mesh = mesh if a.replicas > 1 else mesh["shard"]
         dtypes = MixedPrecisionPolicy(DTYPES[a.dtype], torch.float32, cast_forward_inputs=False)
+        place = CPUOffloadPolicy(pin_memory=ranks.device.type == "cuda") if a.cpu_offload else OffloadPolicy()
         for module in (*model.model.layers, model):
-            fully_shard(module, mesh=mesh, mp_policy=dtypes)
-    model.to_empty(device=device)
+            fully_shard(module, mesh=mesh, mp_policy=dtypes, offload_policy=place)
+    model.to_empty(device="cpu" if a.cpu_offload else ranks.device)
     fill(model.model, a.model)
     return model
 
@@ -283,9 +410,19 @@ def read_layers(model: DFT, records: list):
     return choose_layers(model((tokens, torch.tensor(places))).mean(1).tolist())
 
 
-def deal(batch: list, budget: int, method: Method, config: Config, rank: int, world: int) -> list:
+def make_optimizer(model: DFT, a) -> torch.optim.AdamW:
+    """AdamW with its moments, so that a checkpoint can be loaded into them."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=a.lr, weight_decay=a.weight_decay, fused=True)
+    for p in model.parameters():
+        optimizer.state[p] = dict(step=torch.zeros((), device=p.device), exp_avg=torch.zeros_like(p),
+                                  exp_avg_sq=torch.zeros_like(p))
+    return optimizer
+
+
+def deal(batch: list, budget: int, method: Method, config: Config, ranks: Ranks) -> list:
     """This rank's micro-batches of a global batch; all ranks have equally many, as FSDP requires."""
-    mine = micro_batches([size_of(record, method) for record in batch], budget, world)[rank::world]
+    sizes = [size_of(record, method) for record in batch]
+    mine = micro_batches(sizes, budget, ranks.world)[ranks.rank::ranks.world]
     nothing = Record([config.bos_id], [])     # a rank without a record runs one token that nothing supervises
     return [lay_out([batch[n] for n in picked] or [nothing], method, config.num_layers) for picked in mine]
 
@@ -298,30 +435,47 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / max(1, steps - climb)))
 
 
-def total(values: list, device, world: int) -> list:
-    """Each number summed over the ranks."""
-    if world == 1:
-        return values
-    summed = torch.tensor(values, dtype=torch.float64, device=device)
-    dist.all_reduce(summed)
-    return summed.tolist()
-
-
-def claim(a) -> str:
-    """Make the folder of the run; InputError if there is something in it."""
+def claim(a, now: dict):
+    """(the folder of the run, None), or (the folder, the settings of the run in it, which goes on).
+    InputError if it holds something else, or a run whose result other settings would change."""
     name = f"{a.method}-{os.path.basename(os.path.normpath(a.model))}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
     out = a.out or os.path.join("runs", name)
     while a.out is None and os.path.exists(out):
         out += "-again"
     try:
         os.makedirs(out, exist_ok=True)
-        there = ", ".join(sorted(os.listdir(out))[:3])
+        there = sorted(os.listdir(out))
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}; expected a folder that can be made") from None
-    if there:
-        raise InputError(f"--out {out} holds {there}, perhaps another run; give a new folder, or leave --out "
-                         "away for a fresh one under runs/")
-    return out
+    if not there:
+        return out, None
+    if a.resume == "never" or "settings.json" not in there:
+        raise InputError(f"--out {out} holds {', '.join(there[:3])}, perhaps another run; give a new folder, "
+                         "or leave --out away for a fresh one under runs/")
+    path = os.path.join(out, "settings.json")
+    before = read_json(path)
+    if not isinstance(before, dict) or "lc_layer" not in before or "et_layer" not in before:
+        raise InputError(f"{path}: not the settings of a run; give another --out")
+    for key, value in now.items():
+        old = before.get(key)
+        if key not in FREE and str(value) != str(old) and value != "auto":
+            what = {"steps": "the number of steps", "records": "the digest of the tokenized data"}
+            raise InputError(f"{what.get(key, '--' + key)} is {value}, but {path} has {old}, and the result "
+                             "would be another; give that again to go on, or a new --out")
+    return out, before
+
+
+@contextlib.contextmanager
+def memory_for(what: str, a):
+    """Where memory runs out, an error that says in what and which settings lower it."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
+            raise
+        raise MemoryError(f"out of memory in {what}; less is needed with --micro_batch_tokens below "
+                          f"{a.micro_batch_tokens}, --activation_checkpointing, more GPUs, or --cpu_offload; "
+                          f"{last(a.out or '')}") from None
 
 
 def peak_memory(device) -> float:
@@ -332,13 +486,160 @@ def peak_memory(device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
-def report(a, out: str, device) -> None:
+def report(a, run: "Progress", out: str, device) -> None:
     """The table before and after, and where the result lies."""
+    if run.updates < run.step:
+        print(f"\n{run.step - run.updates} of {run.step} steps were skipped: loss or gradient was not finite")
     if a.test:
         print(f"\nAnswers to {a.test} that are right to the letter:\n")
         print(compare({"before": a.model, "after": out}, a.test, device, DTYPES[a.dtype]))
     ask = f"--data {a.test}" if a.test else "--prompt 'a question'"
     print(f"\nThe model is in {out}; next: python eval.py --model {out} {ask}")
+
+
+# ------------------------------------------------------------------------------------------- checkpoints
+
+@dataclasses.dataclass
+class Progress:
+    """How far a run is: with weights, moments and generators, all that the rest of it depends on."""
+    step: int = 0               # steps done: where batch_of() and learning_rate() go on
+    updates: int = 0            # those that changed the weights, AdamW's own count
+    bad: int = 0                # steps skipped in a row, up to now
+
+
+def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: Ranks):
+    """Write OUT/checkpoints/step-NNNNNN; all ranks call it. With --save_async it returns a future.
+
+    torch.distributed.checkpoint writes safetensors, each rank its shards, a file a layer. The folder has
+    another name till all is on the disk; state.json, with everyone's digests, is last. OSError says what went
+    wrong: the checkpoints before are untouched then, for the oldest goes when the newest is whole.
+    """
+    folder = os.path.join(a.out, "checkpoints", f"step-{run.step:06d}")
+    part, began, tensors = folder + ".partial", time.perf_counter(), live_tensors(model, optimizer, ranks)
+    state = dict(progress=dataclasses.asdict(run), ranks=ranks.world, settings=now)
+    layers = {name: 2 + int(name.split(".")[2]) if ".layers." in name else 1 for name in tensors}
+    layers |= {f"rng.{kind}.{rank}": 1 for kind, _ in generators(ranks) for rank in range(ranks.world)}
+    where = dict(storage_writer=dcp.HuggingFaceStorageWriter(part, layers, save_distributed=True),
+                 process_group=ranks.group, no_dist=not ranks.group)
+    must_be_finite(tensors, a.out, run.step, ranks)
+
+    def begin():
+        os.makedirs(os.path.join(a.out, "checkpoints"), exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        os.mkdir(part)
+
+    def seal(written):
+        try:
+            written()
+            mine = [f for f in sorted(os.listdir(part)) if f.startswith(f"shard-{ranks.rank + 1:05d}-")]
+            files = [{f: digest(os.path.join(part, f)) for f in mine}]
+            if ranks.group:
+                files = files * ranks.world
+                dist.all_gather_object(files, files[0], group=ranks.group)     # which waits for all, too
+            if ranks.rank == 0:
+                state["files"] = {f: d for theirs in files for f, d in theirs.items()}
+                write_json(dict(**state, digest=digest(state)), os.path.join(part, "state.json"))
+                os.rename(part, folder)
+                for old in checkpoints(a.out)[:-a.keep]:
+                    os.rename(old, old + ".partial")
+                    shutil.rmtree(old + ".partial")
+                tqdm.write(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
+        except (OSError, CheckpointException) as error:
+            raise OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, "
+                          "and the same command goes on from there") from None
+
+    ranks.first(begin)
+    if a.save_async == "no" or a.save_async == "auto" and ranks.device.type == "cpu":
+        return seal(lambda: dcp.save(tensors, **where))
+    return ThreadPoolExecutor(1).submit(seal, dcp.async_save(tensors, **where).result)
+
+
+def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progress:
+    """Fill model, optimizer and generators from the newest checkpoint that is whole, saved on however many
+    ranks. Nothing in it is unpickled. What is passed over is said; InputError if that is all there is."""
+    folders = ranks.first(lambda: checkpoints(out))
+    for folder in reversed(folders):
+        wrong, tensors = [], live_tensors(model, optimizer, ranks)
+        try:
+            state = read_json(os.path.join(folder, "state.json"))
+            if state.pop("digest") != digest(state):
+                raise ValueError("state.json is damaged")
+            files = sorted(f for f in os.listdir(folder) if f != "state.json")
+            if files != sorted(state["files"]):
+                raise ValueError("its files are not those of state.json")
+            wrong = [f for f in files[ranks.rank::ranks.world]
+                     if digest(os.path.join(folder, f)) != state["files"][f]]
+        except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
+            wrong = [str(error)]
+        if not ranks.total([len(wrong)])[0]:
+            if state["ranks"] != ranks.world:           # the generators of other ranks mean nothing here
+                tensors = {name: t for name, t in tensors.items() if not name.startswith("rng.")}
+            try:
+                dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder),
+                         process_group=ranks.group, no_dist=not ranks.group)
+            except CheckpointException as error:
+                wrong = [cause(error)]
+            else:
+                run = Progress(**state["progress"])
+                say(f"resume    from {folder}, after step {run.step:,}")
+                for p in model.parameters():
+                    optimizer.state[p]["step"].fill_(run.updates)
+                for kind, generator in generators(ranks):
+                    if f"rng.{kind}.{ranks.rank}" in tensors:
+                        generator.set_rng_state(tensors[f"rng.{kind}.{ranks.rank}"])
+                return run
+        say(f"damaged   {folder}: {'; '.join(wrong) or 'a file that another rank read'}; passed over")
+    if folders:
+        raise InputError(f"{out}: no checkpoint in it is whole; remove {out}/checkpoints to begin anew")
+    say(f"resume    {out} has no checkpoint; from the first step")
+    return Progress()
+
+
+def live_tensors(model: DFT, optimizer, ranks: Ranks) -> dict:
+    """{name: tensor} of what a checkpoint holds: weights, AdamW's moments, this rank's random generators."""
+    tensors = {f"rng.{kind}.{ranks.rank}": generator.get_rng_state() for kind, generator in generators(ranks)}
+    for name, p in model.named_parameters():
+        tensors[name] = p.detach()
+        tensors |= {f"{name}.{key}": optimizer.state[p][key] for key in ("exp_avg", "exp_avg_sq")}
+    return tensors
+
+
+def generators(ranks: Ranks) -> list:
+    """torch's random generators. A step draws nothing from them; they are kept for whoever adds dropout."""
+    return [("cpu", torch), ("cuda", torch.cuda)][:1 + (ranks.device.type == "cuda")]
+
+
+def checkpoints(out: str) -> list:
+    """The finished checkpoints of a run, oldest first; what a crash left unfinished is no checkpoint."""
+    folder = os.path.join(out, "checkpoints")
+    names = os.listdir(folder) if os.path.isdir(folder) else []
+    return [os.path.join(folder, n) for n in sorted(names) if re.fullmatch(r"step-\d{6}", n)]
+
+
+def digest(of) -> str:
+    """SHA-256 of a file, by its name, or of a JSON value."""
+    if isinstance(of, str):
+        with open(of, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    return hashlib.sha256(json.dumps(of).encode()).hexdigest()
+
+
+def must_be_finite(tensors: dict, out: str, step: int, ranks: Ranks) -> None:
+    """FloatingPointError on all ranks if a tensor holds a NaN or an infinity: that is never saved."""
+    bad = [name for name, t in tensors.items() if not own_rows(t)[0].isfinite().all()]
+    if ranks.total([len(bad)])[0]:
+        raise FloatingPointError(f"after step {step} weights or moments are not finite"
+                                 f"{', ' + bad[0] if bad else ''}; they are not saved; {last(out)}")
+
+
+def last(out: str) -> str:
+    """The newest checkpoint, in words."""
+    return f"the last checkpoint is {(checkpoints(out) or ['none'])[-1]}"
+
+
+def cause(error) -> str:
+    """What is behind an error of torch.distributed.checkpoint."""
+    return str(next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error)
 
 
 # ------------------------------------------------------------------------------------------- planning
@@ -405,9 +706,10 @@ def plan(a, config: Config, method: Method) -> str:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(line_buffering=True)                         # a log is read while it is written
     try:
         main()
-    except (InputError, FloatingPointError) as error:
-        if os.environ.get("RANK", "0") == "0":
+    except (InputError, FloatingPointError, OSError, MemoryError) as error:
+        if os.environ.get("RANK", "0") == "0" or isinstance(error, (OSError, MemoryError)):   # not everyone's
             print(f"error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
+        sys.exit(1 if isinstance(error, FloatingPointError) else 2)

@@ -77,6 +77,15 @@ def family(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def demo_data(tmp_path_factory):
+    """Forty parallel records of the demo."""
+    path = tmp_path_factory.mktemp("data") / "forty.jsonl"
+    lines = (ROOT / "demo" / "train.jsonl").read_text(encoding="utf-8").split("\n")[:40]
+    path.write_text("\n".join(lines), encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="session")
 def shared():
     """The folder of shared material beside the checkout."""
     folder = ROOT.parent / "shared"

@@ -1,0 +1,361 @@
+"""Runs that die: what resumes is the same run; what is damaged is passed over; nothing bad is saved."""
+import json
+import os
+import resource
+import shutil
+import signal
+import socket
+from pathlib import Path
+
+import pytest
+import torch
+from runs import DEMO, Run, command, launch, metrics, numbers
+from safetensors.torch import load_file, save_file
+
+import train
+from model import InputError
+
+EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
+
+
+def contents(folder):
+    """{file: contents} of a folder: bytes, tensors as bytes (safetensors orders its header at random), and of
+    state.json only how far the run was, since its settings name the folder."""
+    files = {}
+    for path in Path(folder).iterdir():
+        files[path.name] = path.read_bytes()
+        if path.name == "state.json":
+            files[path.name] = json.loads(files[path.name])["progress"]
+        elif path.suffix == ".safetensors":
+            files[path.name] = {name: t.numpy().tobytes() for name, t in load_file(path).items()}
+    return files
+
+
+def same_run(a, b):
+    """Equal bit for bit: losses of every step, weights, moments, generators, the exported model."""
+    assert numbers(a) == numbers(b)
+    for folder in ("checkpoints/step-000008", "model"):
+        assert contents(a / folder) == contents(b / folder), folder
+
+
+def close_run(a, b):
+    """Equal within 1e-5: losses of every step, weights."""
+    for x, y in zip(metrics(a), metrics(b), strict=True):
+        assert x["step"] == y["step"] and x["tokens"] == y["tokens"]
+        for key in ("loss", "tft", "lc", "et", "grad_norm"):
+            assert x[key] == pytest.approx(y[key], rel=1e-5), (x["step"], key)
+    x, y = (load_file(run / "model" / "model.safetensors") for run in (a, b))
+    assert max((x[key] - y[key]).abs().max() for key in x) <= 1e-5
+
+
+def rewound(run, to):
+    """A copy of a finished run as if it had died after the checkpoint at step 4, some steps on."""
+    shutil.copytree(run, to)
+    shutil.rmtree(to / "model")
+    shutil.rmtree(to / "checkpoints" / "step-000008")
+    return to
+
+
+@pytest.fixture(scope="module")
+def straight(demo_data, tmp_path_factory):
+    """Eight undisturbed steps in one process, checkpoints at 4 and 8."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    run = launch(command(out, demo_data, *EIGHT))
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+@pytest.fixture(scope="module")
+def straight2(demo_data, tmp_path_factory):
+    """The same on two ranks."""
+    out = tmp_path_factory.mktemp("straight2") / "run"
+    run = launch(command(out, demo_data, *EIGHT), 2)
+    assert run.returncode == 0, run.stderr
+    return out
+
+
+# -------------------------------------------------------------------------------------- the same run
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_killed_run_goes_on_bit_for_bit(ranks, straight, straight2, demo_data, tmp_path):
+    out = tmp_path / "run"
+    run = Run(command(out, demo_data, *EIGHT), ranks).until("saved")
+    run.kill()
+    assert run.end().returncode == -signal.SIGKILL and not (out / "model").exists()
+    with open(out / "metrics.jsonl", "ab") as file:
+        file.write(b'{"step": 99, "los')                            # as a crash may leave it
+    again = launch(command(out, demo_data, *EIGHT), ranks)
+    assert again.returncode == 0, again.stderr
+    assert f"resume    from {out}/checkpoints/step-00000" in again.stdout
+    same_run(out, straight2 if ranks else straight)
+
+
+@pytest.mark.parametrize("ranks", [None, 2])
+def test_a_run_goes_on_with_another_number_of_ranks(ranks, straight, straight2, demo_data, tmp_path):
+    out = rewound(straight2 if ranks is None else straight, tmp_path / "run")
+    again = launch(command(out, demo_data, *EIGHT), ranks)
+    assert again.returncode == 0, again.stderr
+    assert "after step 4" in again.stdout
+    close_run(out, straight)
+
+
+def test_a_checkpoint_written_meanwhile_equals_one_written_at_once(straight, straight2, demo_data, tmp_path):
+    for ranks, other in ((None, straight), (2, straight2)):
+        out = tmp_path / str(ranks)
+        done = launch(command(out, demo_data, *EIGHT, "--save_async", "yes"), ranks)
+        assert done.returncode == 0, done.stderr
+        assert contents(out / "checkpoints/step-000004") == contents(other / "checkpoints/step-000004")
+        same_run(out, other)
+
+
+def test_replicas_and_host_memory_compute_the_same_run(straight, demo_data, tmp_path):
+    """Four ranks as 2 replicas of 2 shards, weights and AdamW in host memory; the last four steps on one."""
+    out = tmp_path / "run"
+    done = launch(command(out, demo_data, *EIGHT, "--replicas", 2, "--cpu_offload"), 4)
+    assert done.returncode == 0, done.stderr
+    close_run(out, straight)
+    train.main(command(rewound(out, tmp_path / "again"), demo_data, *EIGHT))
+    close_run(tmp_path / "again", straight)
+
+
+def test_random_numbers_go_on_too(demo_data, tmp_path, monkeypatch):
+    """A step draws none today; one that draws, as dropout would, draws the same after a stop."""
+    drawn, kept = [], train.learning_rate
+    monkeypatch.setattr(train, "learning_rate", lambda *args: drawn.append(torch.rand(()).item()) or kept(*args))
+    train.main(command(tmp_path / "a", demo_data, *EIGHT))
+    train.main(command(rewound(tmp_path / "a", tmp_path / "b"), demo_data, *EIGHT))
+    assert len(set(drawn[:8])) == 8 and drawn[8:] == drawn[4:8]
+
+
+# -------------------------------------------------------------------------------------- signals, restarts
+
+@pytest.mark.parametrize("ranks, number", [(2, signal.SIGTERM), (None, signal.SIGUSR1)])
+def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, straight, straight2, demo_data, tmp_path):
+    out = tmp_path / "run"
+    long = command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4)
+    run = Run(long, ranks).until("saved")
+    os.kill(run.pid_of(1) if ranks else run.pid, number)
+    assert run.end().returncode == 0, run.stderr
+    step = len(metrics(out))
+    assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout.splitlines()[-1]
+    assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}") and not (out / "model").exists()
+    again = Run(long, ranks).until("resume")
+    assert f"after step {step:,}" in again.stdout
+    again.kill()
+    again.end()
+
+
+def test_torchrun_restarts_a_run_whose_ranks_are_killed(straight2, demo_data, tmp_path):
+    out = tmp_path / "run"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run = Run(command(out, demo_data, *EIGHT, "--save_every", 2), 2,
+              ["--max-restarts", "3", "--master_port", str(port)])
+    os.kill(run.until("step-000002").pid_of(1), signal.SIGKILL)
+    os.kill(run.until("resume").until("saved").pid_of(0), signal.SIGKILL)
+    assert run.until("resume").end().returncode == 0, run.stderr
+    same_run(out, straight2)
+
+
+def test_restarts_need_a_folder_to_find_the_run_in(demo_data, monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+    with pytest.raises(InputError, match="--max-restarts needs --out"):
+        train.main(["--device", "cpu"])
+
+
+# -------------------------------------------------------------------------------------- what may differ
+
+def test_a_setting_that_changes_the_result_is_refused_with_both_values(straight, demo_data, tmp_path):
+    out = rewound(straight, tmp_path / "run")
+    before = contents(out / "checkpoints/step-000004"), (out / "metrics.jsonl").read_bytes()
+    other = tmp_path / "other.jsonl"
+    other.write_text(Path(demo_data).read_text(encoding="utf-8").replace("?", "!", 1), encoding="utf-8")
+    for more, words in [(["--lr", "2e-4"], "--lr is 0.0002, but .*settings.json has 0.0001"),
+                        (["--steps", 9], "number of steps is 9, but .* has 8"),
+                        (["--method", "tft"], "--method is tft, but .* has dft-logits"),
+                        (["--lc_layer", 2], "--lc_layer is 2, but .* has 1"),
+                        (["--dtype", "bf16"], "--dtype is bf16, but .* has fp32"),
+                        (["--seed", 1], "--seed is 1, but .* has 0"),
+                        (["--data", other], "digest of the tokenized data is .*, but .* has"),
+                        (["--resume", "never"], "holds checkpoints, metrics.jsonl, settings.json")]:
+        with pytest.raises(InputError, match=words):
+            train.main(command(out, demo_data, *EIGHT, *more))
+    assert before == (contents(out / "checkpoints/step-000004"), (out / "metrics.jsonl").read_bytes())
+
+
+def test_a_setting_that_does_not_change_the_result_may_differ(straight, demo_data, tmp_path):
+    out = rewound(straight, tmp_path / "run")
+    copy = tmp_path / "copy.jsonl"
+    shutil.copy(demo_data, copy)
+    train.main(command(out, copy, *EIGHT, "--micro_batch_tokens", 300, "--keep", 5, "--lc_layer", "auto",
+                       "--activation_checkpointing"))
+    close_run(out, straight)
+    assert json.loads((out / "settings.json").read_text())["lc_layer"] == 1, "not chosen anew"
+
+
+def test_a_finished_run_is_said_to_be_finished_and_left_alone(straight, demo_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    train.main(command(out, demo_data, *EIGHT))
+    assert f"finished: the model is in {out}/model" in capsys.readouterr().out
+    same_run(out, straight)
+
+
+def test_only_the_newest_checkpoints_are_kept(demo_data, tmp_path, capsys):
+    train.main(command(tmp_path / "a", demo_data, "--steps", 7, "--batch_size", 4, "--save_every", 2))
+    assert sorted(os.listdir(tmp_path / "a/checkpoints")) == ["step-000004", "step-000006"]
+    train.main(command(tmp_path / "b", demo_data, "--steps", 3, "--batch_size", 4, "--save_every", 0))
+    assert not (tmp_path / "b/checkpoints").exists()
+
+
+# -------------------------------------------------------------------------------------- damage
+
+def flip(path, at=-100):
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [
+    lambda folder: flip(folder / "shard-00001-model-00003-of-00007.safetensors"),
+    lambda folder: flip(folder / "state.json", 30),
+    lambda folder: (folder / "shard-00001-model-00003-of-00007.safetensors").unlink(),
+    lambda folder: (folder / "shard-00001-model-00003-of-00007.safetensors").write_bytes(b"{}" * 100),
+    lambda folder: (folder / "state.json").unlink(),
+    lambda folder: (folder / "state.json").write_text("[]"),
+    lambda folder: os.rename(folder, str(folder) + ".partial"),
+    lambda folder: shutil.copy(folder / "shard-00001-model-00003-of-00007.safetensors",
+                               folder / "shard-00002-model-00003-of-00007.safetensors"),
+], ids=["a flipped bit", "a flipped bit in state.json", "a file gone", "a file overwritten", "state.json gone",
+        "state.json empty", "never finished", "a file too many"])
+def test_a_damaged_checkpoint_is_said_and_passed_over(damage, straight, demo_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    shutil.copytree(straight, out)
+    shutil.rmtree(out / "model")
+    damage(out / "checkpoints/step-000008")
+    train.main(command(out, demo_data, *EIGHT))
+    said = capsys.readouterr().out
+    assert "step-000008" in said.split("resume")[0] and "passed over" in said
+    assert f"resume    from {out}/checkpoints/step-000004, after step 4" in said
+    same_run(out, straight)
+
+
+def test_damaged_checkpoints_alone_are_refused_and_kept(straight, demo_data, tmp_path):
+    out = rewound(straight, tmp_path / "run")
+    flip(out / "checkpoints/step-000004/shard-00001-model-00001-of-00007.safetensors")
+    with pytest.raises(InputError, match="no checkpoint in it is whole; remove .* to begin anew"):
+        train.main(command(out, demo_data, *EIGHT))
+    assert (out / "checkpoints/step-000004/state.json").exists() and len(metrics(out)) == 8
+
+
+def test_settings_that_are_no_settings_are_refused(demo_data, tmp_path):
+    for text in ("[]", "{}", "{", '{"lc_layer": 1, "et_layer": 3}'):
+        (tmp_path / "settings.json").write_text(text)
+        with pytest.raises(InputError, match="settings.json"):
+            train.main(command(tmp_path, demo_data, *EIGHT))
+
+
+# -------------------------------------------------------------------------------------- numbers gone bad
+
+@pytest.fixture
+def poisoned(demo_data, tmp_path):
+    """A model in which one token, of one record alone, has an embedding so large that gradients overflow."""
+    from collections import Counter
+
+    from data import Tokenizer, make_records, read_parallel
+    from model import Config
+    folder = tmp_path / "poisoned"
+    shutil.copytree(DEMO, folder)
+    records, _ = make_records(read_parallel(demo_data), Tokenizer(Config.read(DEMO)), "both", 512)
+    seen = Counter(token for r in records for token in {*r.prompt, *r.answer, *r.query_en, *r.answer_en})
+    token = next(token for token, times in seen.items() if times == 1)
+    state = load_file(folder / "model.safetensors")
+    state["model.embed_tokens.weight"][token] = 3e38
+    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
+    return str(folder)
+
+
+def test_a_step_that_is_not_finite_is_skipped_counted_and_said(poisoned, demo_data, tmp_path, capsys):
+    """One epoch of four steps meets the record once; the other three steps train."""
+    out = tmp_path / "run"
+    train.main(command(out, demo_data, "--model", poisoned, "--steps", 4, "--batch_size", 10, "--save_every", 1,
+                       "--keep", 9))
+    lines, said = metrics(out), capsys.readouterr().out
+    bad, = [line["step"] for line in lines if line["loss"] is None]
+    assert [line["skipped"] for line in lines] == [int(step >= bad) for step in (1, 2, 3, 4)]
+    assert f"skipped   step {bad}: loss or gradient is not finite; 1 in a row, 1 in all" in said
+    assert "1 of 4 steps were skipped" in said
+    assert [folder[-1] for folder in train.checkpoints(out)] == [str(s) for s in (1, 2, 3, 4) if s != bad]
+    progress = json.loads(Path(train.checkpoints(out)[-1], "state.json").read_text())["progress"]
+    assert progress == dict(step=4, updates=3, bad=0)
+    model = load_file(out / "model" / "model.safetensors")
+    assert all(t.isfinite().all() for t in model.values())
+
+
+def test_too_many_bad_steps_end_the_run_and_name_the_last_good_checkpoint(demo_data, tmp_path):
+    out = tmp_path / "run"
+    done = launch(command(out, demo_data, "--steps", 99, "--batch_size", 40, "--max_bad_steps", 3, "--lr", "1e15",
+                          "--save_every", 1))
+    assert done.returncode == 1 and "Traceback" not in done.stderr
+    assert "not finite 3 steps in a row; the last checkpoint is " in done.stderr.splitlines()[-1]
+    for folder in train.checkpoints(out):
+        for file in Path(folder).glob("*.safetensors"):
+            assert all(t.isfinite().all() for t in load_file(file).values())
+    assert not (out / "model").exists() and len(train.checkpoints(out)) > 0
+
+
+def test_weights_that_are_not_finite_are_never_saved(demo_data, tmp_path, monkeypatch):
+    kept = torch.optim.AdamW.step
+
+    def break_one(self, *args, **more):
+        kept(self, *args, **more)
+        with torch.no_grad():
+            next(iter(self.state)).view(-1)[0] = torch.nan
+    monkeypatch.setattr(torch.optim.AdamW, "step", break_one)
+    for more in (["--save_every", 1], ["--save_every", 0]):
+        out = tmp_path / "".join(more)
+        with pytest.raises(FloatingPointError, match="not finite.*not saved; the last checkpoint is none"):
+            train.main(command(out, demo_data, "--steps", 1, "--batch_size", 4, *more))
+        assert not (out / "model").exists() and not train.checkpoints(out)
+
+
+# -------------------------------------------------------------------------------------- a machine gone bad
+
+def one_line_that_names_step_4(run, out):
+    assert run.returncode == 2, run.stderr
+    error = run.stderr.splitlines()[-1]
+    assert error.startswith("error: ") and f"{out}/checkpoints/step-000004" in error, run.stderr
+    assert "Traceback" not in run.stderr
+
+
+def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(straight, demo_data, tmp_path):
+    """The kernel refuses to let any file grow beyond 64 KiB, in the middle of the second save."""
+    out = tmp_path / "run"
+    run = Run(command(out, demo_data, *EIGHT)).until("saved")
+    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
+    one_line_that_names_step_4(run.end(), out)
+    assert "File too large" in run.stderr and "the same command goes on" in run.stderr
+    again = launch(command(out, demo_data, *EIGHT))
+    assert again.returncode == 0, again.stderr
+    same_run(out, straight)
+
+
+def test_a_folder_that_vanished_is_an_error_and_not_made_anew(demo_data, tmp_path):
+    out = tmp_path / "run"
+    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4)).until("saved")
+    os.rename(out, tmp_path / "away")
+    assert run.end().returncode == 2, run.stderr
+    assert "No such file or directory" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
+    assert not out.exists() and train.checkpoints(tmp_path / "away")
+
+
+def test_memory_that_runs_out_names_the_micro_batch_and_what_lowers_it(demo_data, tmp_path):
+    out = tmp_path / "run"
+    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 40, "--save_every", 4)).until("saved")
+    with open(f"/proc/{run.pid}/statm") as file:
+        now = int(file.read().split()[0]) * resource.getpagesize()
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (now // 2, now // 2))
+    one_line_that_names_step_4(run.end(), out)
+    assert "out of memory in a micro-batch of " in run.stderr and "--micro_batch_tokens below 4096" in run.stderr
