@@ -365,8 +365,12 @@ def start(a) -> Ranks:
             raise InputError("--replicas and --cpu_offload need torchrun (for --cpu_offload on one GPU: "
                              "torchrun --nproc_per_node 1 train.py ...)")
         return Ranks(torch.device(kind))
-    if not a.out and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
-        raise InputError("torchrun --max-restarts needs --out DIR, where a restart finds the run")
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)):
+        if not a.out:
+            raise InputError("torchrun --max-restarts needs --out DIR, where a restart finds the run")
+        if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":    # pytorch/pytorch issue 135712
+            raise InputError("restarted ranks would look for dead ones; give torchrun --standalone (or "
+                             "--rdzv_backend c10d) and the variable TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1")
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)

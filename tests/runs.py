@@ -40,7 +40,7 @@ class Run:
         self.process = subprocess.Popen(
             [sys.executable, *launcher, str(ROOT / "train.py"), *map(str, arguments)], text=True,
             stdout=subprocess.PIPE, stderr=self.err,
-            env={**os.environ, "OMP_NUM_THREADS": "1"})
+            env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
         self.pid, self.stdout = self.process.pid, ""
         self.timer = threading.Timer(120, self.kill)
         self.timer.start()

@@ -4,7 +4,6 @@ import os
 import resource
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
@@ -139,7 +138,7 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, straight,
     step = len(metrics(out))
     assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout.splitlines()[-1]
     assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}") and not (out / "model").exists()
-    again = Run(long, ranks).until("resume")
+    again = Run(long, ranks).until("resume    from")
     assert f"after step {step:,}" in again.stdout
     again.kill()
     again.end()
@@ -147,22 +146,20 @@ def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, straight,
 
 def test_torchrun_restarts_a_run_whose_ranks_are_killed(straight2, demo_data, tmp_path):
     out = tmp_path / "run"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    run = Run(command(out, demo_data, *EIGHT, "--save_every", 2), 2,
-              ["--max-restarts", "3", "--master_port", str(port)])
-    os.kill(run.until("step-000002").pid_of(1), signal.SIGKILL)
-    os.kill(run.until("resume").until("saved").pid_of(0), signal.SIGKILL)
-    assert run.until("resume").end().returncode == 0, run.stderr
+    run = Run(command(out, demo_data, *EIGHT, "--save_every", 2), 2, ["--standalone", "--max-restarts", "3"])
+    os.kill(run.until("saved").pid_of(1), signal.SIGKILL)
+    os.kill(run.until("resume    from").until("saved").pid_of(0), signal.SIGKILL)
+    assert run.until("resume    from").end().returncode == 0, run.stderr
     same_run(out, straight2)
 
 
-def test_restarts_need_a_folder_to_find_the_run_in(demo_data, monkeypatch):
-    monkeypatch.setenv("RANK", "0")
-    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "3")
+def test_restarts_need_a_folder_and_a_way_to_find_one_another(tmp_path, monkeypatch):
+    for key, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True").items():
+        monkeypatch.setenv(key, value)
     with pytest.raises(InputError, match="--max-restarts needs --out"):
         train.main(["--device", "cpu"])
+    with pytest.raises(InputError, match="--standalone .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
+        train.main(["--device", "cpu", "--out", str(tmp_path)])
 
 
 # -------------------------------------------------------------------------------------- what may differ
