@@ -527,10 +527,18 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
                  process_group=ranks.group, no_dist=not ranks.group)
     must_be_finite(tensors, a.out, run.step, ranks)
 
+    def told(error):
+        return OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, and the "
+                       "same command goes on from there")
+
     def begin():
-        os.makedirs(os.path.join(a.out, "checkpoints"), exist_ok=True)
-        shutil.rmtree(part, ignore_errors=True)
-        os.mkdir(part)
+        try:
+            if not os.path.isdir(os.path.dirname(part)):
+                os.mkdir(os.path.dirname(part))         # not makedirs: an --out that vanished stays away
+            shutil.rmtree(part, ignore_errors=True)
+            os.mkdir(part)
+        except OSError as error:
+            raise told(error) from None
 
     def seal(written):
         try:
@@ -549,8 +557,7 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
                     shutil.rmtree(old + ".partial")
                 tqdm.write(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
         except (OSError, CheckpointException) as error:
-            raise OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, "
-                          "and the same command goes on from there") from None
+            raise told(error) from None
 
     ranks.first(begin)
     if a.save_async == "no" or a.save_async == "auto" and ranks.device.type == "cpu":
@@ -561,7 +568,17 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
 def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progress:
     """Fill model, optimizer and generators from the newest checkpoint that is whole, saved on however many
     ranks. Nothing in it is unpickled. What is passed over is said; InputError if that is all there is."""
-    folders = ranks.first(lambda: checkpoints(out))
+    def tidy(damaged=()):
+        for folder in damaged:
+            shutil.rmtree(folder + ".damaged", ignore_errors=True)
+            os.rename(folder, folder + ".damaged")
+        for name in os.listdir(os.path.join(out, "checkpoints")) if checkpoints(out) else ():
+            if name.endswith(".partial"):
+                say(f"removed   {out}/checkpoints/{name}, which the run died in the midst of")
+                shutil.rmtree(os.path.join(out, "checkpoints", name))
+        return checkpoints(out)
+
+    folders, damaged = ranks.first(tidy), []
     for folder in reversed(folders):
         wrong, tensors = [], live_tensors(model, optimizer, ranks)
         try:
@@ -585,6 +602,7 @@ def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progr
                 wrong = [cause(error)]
             else:
                 run = Progress(**state["progress"])
+                ranks.first(lambda: tidy(damaged))              # what was passed over counts no more
                 say(f"resume    from {folder}, after step {run.step:,}")
                 for p in model.parameters():
                     optimizer.state[p]["step"].fill_(run.updates)
@@ -592,6 +610,7 @@ def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progr
                     if f"rng.{kind}.{ranks.rank}" in tensors:
                         generator.set_rng_state(tensors[f"rng.{kind}.{ranks.rank}"])
                 return run
+        damaged.append(folder)
         say(f"damaged   {folder}: {'; '.join(wrong) or 'a file that another rank read'}; passed over")
     if folders:
         raise InputError(f"{out}: no checkpoint in it is whole; remove {out}/checkpoints to begin anew")

@@ -4,6 +4,7 @@ import os
 import resource
 import shutil
 import signal
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -12,8 +13,10 @@ from runs import DEMO, Run, command, launch, metrics, numbers
 from safetensors.torch import load_file, save_file
 
 import train
-from model import InputError
+from data import Tokenizer, batch_of, make_records, read_parallel
+from model import Config, InputError
 
+pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
 
 
@@ -234,7 +237,8 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(damage, straight, demo_dat
     damage(out / "checkpoints/step-000008")
     train.main(command(out, demo_data, *EIGHT))
     said = capsys.readouterr().out
-    assert "step-000008" in said.split("resume")[0] and "passed over" in said
+    assert any("step-000008" in line and ("passed over" in line or "removed" in line)
+               for line in said.splitlines())
     assert f"resume    from {out}/checkpoints/step-000004, after step 4" in said
     same_run(out, straight)
 
@@ -259,16 +263,15 @@ def test_settings_that_are_no_settings_are_refused(demo_data, tmp_path):
 @pytest.fixture
 def poisoned(demo_data, tmp_path):
     """A model in which one token, of one record alone, has an embedding so large that gradients overflow."""
-    from collections import Counter
-
-    from data import Tokenizer, make_records, read_parallel
-    from model import Config
     folder = tmp_path / "poisoned"
     shutil.copytree(DEMO, folder)
     records, _ = make_records(read_parallel(demo_data), Tokenizer(Config.read(DEMO)), "both", 512)
     seen = Counter(token for r in records for token in {*r.prompt, *r.answer, *r.query_en, *r.answer_en})
     token = next(token for token, times in seen.items() if times == 1)
     state = load_file(folder / "model.safetensors")
+    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()        # the head stays as it was
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
     state["model.embed_tokens.weight"][token] = 3e38
     save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
     return str(folder)
@@ -277,7 +280,7 @@ def poisoned(demo_data, tmp_path):
 def test_a_step_that_is_not_finite_is_skipped_counted_and_said(poisoned, demo_data, tmp_path, capsys):
     """One epoch of four steps meets the record once; the other three steps train."""
     out = tmp_path / "run"
-    train.main(command(out, demo_data, "--model", poisoned, "--steps", 4, "--batch_size", 10, "--save_every", 1,
+    train.main(command(out, demo_data, "--model", poisoned, "--steps", 4, "--batch_size", 10, "--seed", 1, "--save_every", 1,
                        "--keep", 9))
     lines, said = metrics(out), capsys.readouterr().out
     bad, = [line["step"] for line in lines if line["loss"] is None]
@@ -312,7 +315,7 @@ def test_weights_that_are_not_finite_are_never_saved(demo_data, tmp_path, monkey
             next(iter(self.state)).view(-1)[0] = torch.nan
     monkeypatch.setattr(torch.optim.AdamW, "step", break_one)
     for more in (["--save_every", 1], ["--save_every", 0]):
-        out = tmp_path / "".join(more)
+        out = tmp_path / "".join(map(str, more))
         with pytest.raises(FloatingPointError, match="not finite.*not saved; the last checkpoint is none"):
             train.main(command(out, demo_data, "--steps", 1, "--batch_size", 4, *more))
         assert not (out / "model").exists() and not train.checkpoints(out)
@@ -320,10 +323,10 @@ def test_weights_that_are_not_finite_are_never_saved(demo_data, tmp_path, monkey
 
 # -------------------------------------------------------------------------------------- a machine gone bad
 
-def one_line_that_names_step_4(run, out):
+def one_line_that_names(step, run, out):
     assert run.returncode == 2, run.stderr
     error = run.stderr.splitlines()[-1]
-    assert error.startswith("error: ") and f"{out}/checkpoints/step-000004" in error, run.stderr
+    assert error.startswith("error: ") and f"{out}/checkpoints/step-{step:06d}" in error, run.stderr
     assert "Traceback" not in run.stderr
 
 
@@ -332,7 +335,7 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(straight, demo_
     out = tmp_path / "run"
     run = Run(command(out, demo_data, *EIGHT)).until("saved")
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
-    one_line_that_names_step_4(run.end(), out)
+    one_line_that_names(4, run.end(), out)
     assert "File too large" in run.stderr and "the same command goes on" in run.stderr
     again = launch(command(out, demo_data, *EIGHT))
     assert again.returncode == 0, again.stderr
@@ -349,10 +352,14 @@ def test_a_folder_that_vanished_is_an_error_and_not_made_anew(demo_data, tmp_pat
 
 
 def test_memory_that_runs_out_names_the_micro_batch_and_what_lowers_it(demo_data, tmp_path):
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 40, "--save_every", 4)).until("saved")
-    with open(f"/proc/{run.pid}/statm") as file:
-        now = int(file.read().split()[0]) * resource.getpagesize()
-    resource.prlimit(run.pid, resource.RLIMIT_AS, (now // 2, now // 2))
-    one_line_that_names_step_4(run.end(), out)
-    assert "out of memory in a micro-batch of " in run.stderr and "--micro_batch_tokens below 4096" in run.stderr
+    """One prompt of 400,000 tokens, whose mask would take 160 GB, comes in the fourth step."""
+    lines = Path(demo_data).read_text(encoding="utf-8").split("\n")
+    at = batch_of(3, 40, 10, 0)[0]
+    lines[at] = json.dumps({**json.loads(lines[at]), "input": "a 1 " * 100_000})
+    data, out = tmp_path / "long.jsonl", tmp_path / "run"
+    data.write_text("\n".join(lines), encoding="utf-8")
+    run = Run(command(out, data, "--max_length", 10 ** 6, "--steps", 4, "--batch_size", 10, "--save_every", 1))
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (2 ** 36, 2 ** 36))
+    one_line_that_names(3, run.end(), out)
+    assert "out of memory in a micro-batch of 1 records and " in run.stderr
+    assert "--micro_batch_tokens below 4096" in run.stderr
