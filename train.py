@@ -204,9 +204,9 @@ def main(argv=None):
     say(f"data      {a.data}: {counts}")
     per_epoch = steps_per_epoch(len(records), a.batch_size)
     steps = a.steps or a.epochs * per_epoch
-    now = {**{key: value for key, value in vars(a).items() if key not in PLANNING}, "ranks": ranks.world,
-           "steps": steps, "records": fingerprint(records)}
-    a.out, before = ranks.first(lambda: claim(a, now))
+    chosen = {**{key: value for key, value in vars(a).items() if key not in PLANNING}, "steps": steps,
+              "records": fingerprint(records), "ranks": ranks.world}
+    a.out, before = ranks.first(lambda: claim(a, chosen))
     out = os.path.join(a.out, "model")
     if before and os.path.exists(out):
         return say(f"This run is finished: the model is in {out}; for another one give another --out")
@@ -222,15 +222,17 @@ def main(argv=None):
         method.lc_layer, method.et_layer = method.lc_layer or i, method.et_layer or j
         check_order(method)
         say(f"layers    auto: i = {method.lc_layer}, j = {method.et_layer} of {config.num_layers}, as {why}")
-    now |= dict(out=a.out, lc_layer=method.lc_layer or "auto", et_layer=method.et_layer or "auto")
+    chosen |= dict(out=a.out, lc_layer=method.lc_layer or "auto", et_layer=method.et_layer or "auto")
+    metrics = None                                      # the other ranks write none
     if ranks.rank == 0:
-        write_json(now, os.path.join(a.out, "settings.json"))
-    say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in now.items()), 110,
+        metrics = open_metrics(a.out)
+        write_json(chosen, os.path.join(a.out, "settings.json"))
+    say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()), 110,
                       subsequent_indent=" " * 10, break_on_hyphens=False, break_long_words=False))
     say(f"run       {steps:,} steps of {a.batch_size} records, {per_epoch:,} an epoch, on {ranks.world} x "
         f"{ranks.device.type}; {sum(p.numel() for p in model.parameters()):,} parameters")
     run = load_checkpoint(a.out, model, optimizer, ranks, say) if before else Progress()
-    train(model, optimizer, records, run, now, a, ranks)
+    train(model, optimizer, records, run, metrics, chosen, a, ranks)
     if run.step == steps:
         must_be_finite(dict(model.named_parameters()), a.out, run.step, ranks)
         save(model.model, out, DTYPES[a.dtype])
@@ -242,20 +244,14 @@ def main(argv=None):
         report(a, run, out, ranks.device)
 
 
-def train(model: DFT, optimizer, records: list, run: "Progress", now: dict, a, ranks: "Ranks") -> None:
+def train(model: DFT, optimizer, records: list, run: "Progress", metrics, chosen: dict, a, ranks: "Ranks"):
     """The loop, from run.step to the last step, or till a signal ends it."""
-    method, steps, config = model.method, now["steps"], model.model.config
+    method, steps, config = model.method, chosen["steps"], model.model.config
     per_epoch = steps_per_epoch(len(records), a.batch_size)
-    if ranks.rank == 0:
-        metrics = open(os.path.join(a.out, "metrics.jsonl"), "a+b")
-        try:
-            fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)             # till this process ends
-        except BlockingIOError:
-            raise OSError(f"{a.out}: another process is training in it; end that one, or give another --out")
-        metrics.seek(0)
+    if metrics:                             # steps after the checkpoint are done again, and no line is torn
         for _ in range(run.step):
             metrics.readline()
-        metrics.truncate()                    # what came after the checkpoint is done again; no line is torn
+        metrics.truncate()
     signals, pending = [], None
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda number, _: signals.append(number))
@@ -298,7 +294,7 @@ def train(model: DFT, optimizer, records: list, run: "Progress", now: dict, a, r
                     **mean, lr=lr, grad_norm=norm if fine else None, tokens=int(tokens),
                     tokens_per_s=round(tokens / seconds, 1), seconds=round(seconds, 4),
                     peak_mem_mib=round(peak_memory(ranks.device)), skipped=run.step - run.updates)
-        if ranks.rank == 0:
+        if metrics:
             metrics.write(json.dumps(line).encode() + b"\n")
             metrics.flush()
             shown = " ".join(f"{key}={line[key]:.3f}" for key in ("loss", *TERMS) if line[key] is not None)
@@ -314,9 +310,9 @@ def train(model: DFT, optimizer, records: list, run: "Progress", now: dict, a, r
         if pending and (due or pending.done()):
             pending = pending.result()                                  # raises what went wrong in there
         if due:
-            if ranks.rank == 0:
+            if metrics:
                 os.fsync(metrics.fileno())                  # no checkpoint is ahead of its lines
-            pending = save_checkpoint(a, model, optimizer, run, now, ranks)
+            pending = save_checkpoint(a, model, optimizer, run, chosen, ranks)
         if signalled and run.step < steps:
             break
     if pending:
@@ -439,7 +435,7 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
     return peak * 0.5 * (1 + math.cos(math.pi * (step - climb) / max(1, steps - climb)))
 
 
-def claim(a, now: dict):
+def claim(a, chosen: dict):
     """(the folder of the run, None), or (the folder, the settings of the run in it, which goes on).
     InputError if it holds something else, or a run whose result other settings would change."""
     name = f"{a.method}-{os.path.basename(os.path.normpath(a.model))}-{datetime.datetime.now():%Y%m%d-%H%M%S}"
@@ -460,13 +456,24 @@ def claim(a, now: dict):
     before = read_json(path)
     if not isinstance(before, dict) or "lc_layer" not in before or "et_layer" not in before:
         raise InputError(f"{path}: not the settings of a run; give another --out")
-    for key, value in now.items():
+    for key, value in chosen.items():
         old = before.get(key)
         if key not in FREE and str(value) != str(old) and value != "auto":
             what = {"steps": "the number of steps", "records": "the digest of the tokenized data"}
             raise InputError(f"{what.get(key, '--' + key)} is {value}, but {path} has {old}, and the result "
                              "would be another; give that again to go on, or a new --out")
     return out, before
+
+
+def open_metrics(out: str):
+    """metrics.jsonl at its beginning, locked: two processes would spoil each other's run."""
+    metrics = open(os.path.join(out, "metrics.jsonl"), "a+b")
+    try:
+        fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)             # till this process ends
+    except BlockingIOError:
+        raise OSError(f"{out}: another process trains in it; end that one, or give a new --out") from None
+    metrics.seek(0)
+    return metrics
 
 
 @contextlib.contextmanager
@@ -511,7 +518,7 @@ class Progress:
     bad: int = 0                # steps skipped in a row, up to now
 
 
-def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: Ranks):
+def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks: Ranks):
     """Write OUT/checkpoints/step-NNNNNN; all ranks call it. With --save_async it returns a future.
 
     torch.distributed.checkpoint writes safetensors, each rank its shards, a file a layer. The folder has
@@ -520,7 +527,7 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
     """
     folder = os.path.join(a.out, "checkpoints", f"step-{run.step:06d}")
     part, began, tensors = folder + ".partial", time.perf_counter(), live_tensors(model, optimizer, ranks)
-    state = dict(progress=dataclasses.asdict(run), ranks=ranks.world, settings=now)
+    state = dict(progress=dataclasses.asdict(run), ranks=ranks.world, settings=chosen)
     layers = {name: 2 + int(name.split(".")[2]) if ".layers." in name else 1 for name in tensors}
     layers |= {f"rng.{kind}.{rank}": 1 for kind, _ in generators(ranks) for rank in range(ranks.world)}
     where = dict(storage_writer=dcp.HuggingFaceStorageWriter(part, layers, save_distributed=True),
@@ -528,8 +535,8 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
     must_be_finite(tensors, a.out, run.step, ranks)
 
     def told(error):
-        return OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, and the "
-                       "same command goes on from there")
+        return OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, and "
+                       "the same command goes on from there")
 
     def begin():
         try:
@@ -552,9 +559,11 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
                 state["files"] = {f: d for theirs in files for f, d in theirs.items()}
                 write_json(dict(**state, digest=digest(state)), os.path.join(part, "state.json"))
                 os.rename(part, folder)
+                flush_folder(os.path.dirname(folder))
                 for old in checkpoints(a.out)[:-a.keep]:
                     os.rename(old, old + ".partial")
-                    shutil.rmtree(old + ".partial")
+                for old in checkpoints(a.out, ".partial"):
+                    shutil.rmtree(old)
                 tqdm.write(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
         except (OSError, CheckpointException) as error:
             raise told(error) from None
@@ -568,54 +577,54 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, now: dict, ranks: R
 def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progress:
     """Fill model, optimizer and generators from the newest checkpoint that is whole, saved on however many
     ranks. Nothing in it is unpickled. What is passed over is said; InputError if that is all there is."""
-    def tidy(damaged=()):
-        for folder in damaged:
-            shutil.rmtree(folder + ".damaged", ignore_errors=True)
-            os.rename(folder, folder + ".damaged")
-        for name in os.listdir(os.path.join(out, "checkpoints")) if checkpoints(out) else ():
-            if name.endswith(".partial"):
-                say(f"removed   {out}/checkpoints/{name}, which the run died in the midst of")
-                shutil.rmtree(os.path.join(out, "checkpoints", name))
-        return checkpoints(out)
-
-    folders, damaged = ranks.first(tidy), []
+    folders, unfinished = ranks.first(lambda: (checkpoints(out), checkpoints(out, ".partial")))
+    damaged = []
+    for folder in unfinished:
+        say(f"resume    passes over {folder}: the run died while it was written")
     for folder in reversed(folders):
-        wrong, tensors = [], live_tensors(model, optimizer, ranks)
+        tensors, why = live_tensors(model, optimizer, ranks), ""
         try:
-            state = read_json(os.path.join(folder, "state.json"))
-            if state.pop("digest") != digest(state):
-                raise ValueError("state.json is damaged")
-            files = sorted(f for f in os.listdir(folder) if f != "state.json")
-            if files != sorted(state["files"]):
-                raise ValueError("its files are not those of state.json")
-            wrong = [f for f in files[ranks.rank::ranks.world]
-                     if digest(os.path.join(folder, f)) != state["files"][f]]
+            run, world = read_state(folder, ranks)
         except (InputError, OSError, KeyError, TypeError, ValueError, AttributeError) as error:
-            wrong = [str(error)]
-        if not ranks.total([len(wrong)])[0]:
-            if state["ranks"] != ranks.world:           # the generators of other ranks mean nothing here
+            why = str(error)
+        if not ranks.total([bool(why)])[0]:
+            if world != ranks.world:                    # the generators of other ranks mean nothing here
                 tensors = {name: t for name, t in tensors.items() if not name.startswith("rng.")}
             try:
                 dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder),
                          process_group=ranks.group, no_dist=not ranks.group)
             except CheckpointException as error:
-                wrong = [cause(error)]
+                why = cause(error)
             else:
-                run = Progress(**state["progress"])
-                ranks.first(lambda: tidy(damaged))              # what was passed over counts no more
-                say(f"resume    from {folder}, after step {run.step:,}")
                 for p in model.parameters():
                     optimizer.state[p]["step"].fill_(run.updates)
                 for kind, generator in generators(ranks):
                     if f"rng.{kind}.{ranks.rank}" in tensors:
                         generator.set_rng_state(tensors[f"rng.{kind}.{ranks.rank}"])
+                ranks.first(lambda: [set_aside(old) for old in damaged])
+                say(f"resume    from {folder}, after step {run.step:,}")
                 return run
         damaged.append(folder)
-        say(f"damaged   {folder}: {'; '.join(wrong) or 'a file that another rank read'}; passed over")
+        say(f"resume    passes over {folder}: {InputError(why or 'a file of it is damaged')}")
     if folders:
         raise InputError(f"{out}: no checkpoint in it is whole; remove {out}/checkpoints to begin anew")
-    say(f"resume    {out} has no checkpoint; from the first step")
+    say(f"resume    from the first step: {out} has no checkpoint")
     return Progress()
+
+
+def read_state(folder: str, ranks: Ranks):
+    """The Progress of a checkpoint and the number of its ranks, from state.json, when this rank's share of the
+    files has the digests that stand in there; else one of many exceptions."""
+    state = read_json(os.path.join(folder, "state.json"))
+    if state.pop("digest") != digest(state):
+        raise ValueError("state.json is damaged")
+    run, files = Progress(**state["progress"]), sorted(set(os.listdir(folder)) - {"state.json"})
+    if files != sorted(state["files"]) or not all(type(n) is int for n in vars(run).values()):
+        raise ValueError("state.json tells of other files")
+    for file in files[ranks.rank::ranks.world]:
+        if digest(os.path.join(folder, file)) != state["files"][file]:
+            raise ValueError(f"{file} is damaged")
+    return run, state["ranks"]
 
 
 def live_tensors(model: DFT, optimizer, ranks: Ranks) -> dict:
@@ -632,11 +641,25 @@ def generators(ranks: Ranks) -> list:
     return [("cpu", torch), ("cuda", torch.cuda)][:1 + (ranks.device.type == "cuda")]
 
 
-def checkpoints(out: str) -> list:
-    """The finished checkpoints of a run, oldest first; what a crash left unfinished is no checkpoint."""
+def checkpoints(out: str, ending: str = "") -> list:
+    """The finished checkpoints of a run, oldest first; or those that are being written or removed."""
     folder = os.path.join(out, "checkpoints")
     names = os.listdir(folder) if os.path.isdir(folder) else []
-    return [os.path.join(folder, n) for n in sorted(names) if re.fullmatch(r"step-\d{6}", n)]
+    names = sorted((n for n in names if re.fullmatch(r"step-\d{6,}" + ending, n)), key=lambda n: (len(n), n))
+    return [os.path.join(folder, n) for n in names]
+
+
+def set_aside(folder: str) -> None:
+    """Keep a damaged checkpoint for whoever wants to look at it, under a name that counts no more."""
+    shutil.rmtree(folder + ".damaged", ignore_errors=True)
+    os.rename(folder, folder + ".damaged")
+
+
+def flush_folder(folder: str) -> None:
+    """Have what was renamed in a folder survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    os.fsync(opened)
+    os.close(opened)
 
 
 def digest(of) -> str:

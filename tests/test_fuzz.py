@@ -9,8 +9,10 @@ like others, named by its seed. One case once more, with its traceback:
 
     python tests/test_fuzz.py KIND FOLDER SEED                                       FOLDER: an empty one
 """
+import argparse
 import base64
 import collections
+import contextlib
 import dataclasses
 import json
 import math
@@ -34,7 +36,9 @@ ROOT = Path(__file__).parents[1]
 sys.path.insert(0, str(ROOT))                               # the process of the cases has no conftest.py
 
 import torch  # noqa: E402
+import train  # noqa: E402
 from data import Tokenizer, make_records, read_parallel  # noqa: E402
+from dft import DFT, Method  # noqa: E402
 from model import Config, InputError, Tokens, Transformer, generate, load, save  # noqa: E402
 
 CASES = int(os.environ.get("FUZZ_CASES", 120))
@@ -144,6 +148,7 @@ def write_bases(folder):
         model = Transformer(Config.read(str(folder / name)))
         save(model, str(folder / name), shard_bytes=2000 if name == "gemma2" else 10 ** 9)
     shutil.copytree(DEMO, folder / "demo")
+    write_run(folder / "run", folder / "llama")
 
 
 def damage_model(rng, work):
@@ -454,10 +459,125 @@ def use_tokenizer(rng, work):
         tokenizer.decode(ids).encode("utf-8")
 
 
+# ------------------------------------------------------------------------------------------ checkpoints
+
+RANKS_1 = train.Ranks(torch.device("cpu"))
+RUN = dict(lc_layer="auto", et_layer="auto", lr=0.1, method="tft")
+
+
+def training(folder, out):
+    """What load_checkpoint fills, and the settings it is reached by."""
+    a = argparse.Namespace(out=str(out), lr=0.1, weight_decay=0.0, keep=2, save_async="no", resume="auto",
+                           model="m", method="tft")
+    model = DFT(load(str(folder)), Method("none", "none"))
+    return a, model, train.make_optimizer(model, a)
+
+
+def write_run(folder, base):
+    """A run with checkpoints after steps 1 and 2, whose weights are 1 and 2 everywhere."""
+    a, model, optimizer = training(base, folder)
+    os.makedirs(folder)
+    (folder / "settings.json").write_text(json.dumps(RUN))
+    for step in (1, 2):
+        with torch.no_grad():
+            for p in model.parameters():
+                p.fill_(step)
+        with contextlib.redirect_stdout(sys.stderr):        # stdout has a line a case
+            train.save_checkpoint(a, model, optimizer, train.Progress(step, step), RUN, RANKS_1)
+
+
+def damage_run(rng, work):
+    """A damaged copy of a run -> (its folder, the steps that may be loaded, what was done)."""
+    out = work / "case"
+    shutil.copytree(work / "bases" / "run", out)
+    folder = out / "checkpoints" / f"step-00000{rng.choice([1, 2, 2, 2])}"
+    if rng.random() < 0.5:                                  # no other to fall back on
+        shutil.rmtree(folder.parent / f"step-00000{3 - int(folder.name[-1])}")
+    state, shards = folder / "state.json", sorted(folder.glob("*.safetensors"))
+    shard = rng.choice(shards)
+    how = rng.choice(["shard", "shard", "state", "state text", "settings", "signed shard", "signed shard",
+                      "signed header", "signed header", "signed state", "signed state", "type", "pickle",
+                      "name"])
+    if how == "settings":
+        text, what = rng.choice([damaged_json, lambda rng, v: damaged_bytes(rng, json.dumps(v).encode())])(
+            rng, RUN)
+        (out / "settings.json").write_bytes(text)
+    elif how in ("shard", "signed shard"):
+        text, what = damaged_bytes(rng, shard.read_bytes())
+        shard.write_bytes(text)
+    elif how == "signed header":
+        blob = shard.read_bytes()
+        (size,) = struct.unpack("<Q", blob[:8])
+        header = json.loads(blob[8:8 + size])
+        own = json.loads(header["__metadata__"]["DCP_SHARDING_INFO"])
+        if rng.random() < 0.5:                              # where in the whole each tensor says to lie
+            text, what = damaged_json(rng, own)
+            header["__metadata__"]["DCP_SHARDING_INFO"] = text.decode()
+            text = json.dumps(header).encode()
+        else:
+            text, what = damaged_json(rng, header)
+        shard.write_bytes(struct.pack("<Q", len(text)) + text + blob[8 + size:])
+    elif how in ("state", "state text"):
+        text, what = (damaged_json(rng, json.loads(state.read_text())) if how == "state" else
+                      damaged_bytes(rng, state.read_bytes()))
+        state.write_bytes(text)
+    elif how == "signed state":
+        value = json.loads(state.read_text())
+        del value["digest"]
+        text, what = damaged_json(rng, value)
+        state.write_bytes(text)
+    elif how == "type":
+        what = (rng.choice([state, shard, folder, folder.parent]),
+                rng.choice(["folder", "file", "nothing", "circle"]))
+        if what[0].is_dir():
+            shutil.rmtree(what[0])
+        else:
+            what[0].unlink()
+        if what[1] == "folder":
+            what[0].mkdir()
+        elif what[1] == "file":
+            what[0].write_text("x")
+        elif what[1] == "circle":
+            what[0].symlink_to(what[0])
+        what = what[0].name, what[1]
+    elif how == "pickle":
+        what = rng.choice([".metadata", "state.json", shard.name, "__0_0.distcp", "optimizer.pt"])
+        (folder / what).write_bytes(pickle.dumps(Bomb(str(work / MARKER))))
+    else:
+        what = rng.choice(["step-000003", "step-3", "step-999999999", "step-00000x", "step-000002.partial",
+                           "a\nb", "step-000002.damaged", "x" * 200])
+        if not (folder.parent / what).exists():
+            os.rename(folder, folder.parent / what)
+    signed = how.startswith("signed")
+    if signed:                                              # as a liar would: every digest is right
+        with contextlib.suppress(ValueError, TypeError, AttributeError, RecursionError):
+            value = json.loads(state.read_text())
+            value.pop("digest", None)
+            if how != "signed state":
+                value["files"] = {f.name: train.digest(str(f)) for f in shards}
+            state.write_text(json.dumps({**value, "digest": train.digest(value)}))
+    return out, signed, f"{folder.name[-1]}, {how}: {what}"
+
+
+def use_run(rng, work):
+    out, signed, what = damage_run(rng, work)
+    yield what
+    a, model, optimizer = training(work / "bases" / "llama", out)
+    SAID.clear()
+    train.claim(a, RUN)
+    run = train.load_checkpoint(a.out, model, optimizer, RANKS_1, lambda text: SAID.append(text))
+    assert all(len(text) < 1500 and text.isprintable() for text in SAID), SAID
+    if not signed and run.step:     # nothing between: all of one step's weights, and AdamW's count with them
+        assert all((p == run.step).all() for p in model.parameters()) and run.step in (1, 2)
+        assert all(optimizer.state[p]["step"] == run.step for p in model.parameters())
+
+
 # ------------------------------------------------------------------------------------------ running the cases
 
+SAID = []
+
 TOKENIZERS = {}                                             # undamaged
-KINDS = {"models": use_model, "records": use_records, "tokenizers": use_tokenizer}
+KINDS = {"models": use_model, "records": use_records, "tokenizers": use_tokenizer, "checkpoints": use_run}
 
 
 def run_case(kind, seed, work):
