@@ -114,7 +114,8 @@ def settings(argv=None) -> argparse.Namespace:
     add("--max_bad_steps", 10, "in a row, skipped since loss or gradient is not finite, and the run stops")
     add("--seed", 0, "of the order of the records")
     group = p.add_argument_group("run")
-    add("--out", None, "folder without a run in it; without this, a fresh one under runs/", metavar="DIR")
+    add("--out", None, "folder of the run, a new one or one to go on in; without this, a fresh one in runs/",
+        metavar="DIR")
     add("--device", "auto", "auto takes CUDA where there is some", choices=["auto", "cpu", "cuda"])
     add("--dtype", "bf16", "of the computation; master weights and Adam are fp32 anyway", choices=DTYPES)
     add("--micro_batch_tokens", 4096, "tokens on a GPU at once; less takes less memory for the same result")
@@ -302,7 +303,7 @@ def train(model: DFT, optimizer, records: list, run: "Progress", metrics, chosen
             if not fine:
                 bar.write(f"skipped   step {run.step}: loss or gradient is not finite; {run.bad} in a row, "
                           f"{line['skipped']} in all")
-        if run.bad == a.max_bad_steps:
+        if run.bad >= a.max_bad_steps:
             raise FloatingPointError(
                 f"step {run.step}: loss or gradient was not finite {run.bad} steps in a row; {last(a.out)}; "
                 f"try an --lr below {a.lr} or --dtype fp32, with a new --out")
@@ -540,10 +541,9 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks
 
     def begin():
         try:
-            if not os.path.isdir(os.path.dirname(part)):
-                os.mkdir(os.path.dirname(part))         # not makedirs: an --out that vanished stays away
+            os.stat(a.out)                              # one that vanished is not made anew
             shutil.rmtree(part, ignore_errors=True)
-            os.mkdir(part)
+            os.makedirs(part)
         except OSError as error:
             raise told(error) from None
 
@@ -559,7 +559,6 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks
                 state["files"] = {f: d for theirs in files for f, d in theirs.items()}
                 write_json(dict(**state, digest=digest(state)), os.path.join(part, "state.json"))
                 os.rename(part, folder)
-                flush_folder(os.path.dirname(folder))
                 for old in checkpoints(a.out)[:-a.keep]:
                     os.rename(old, old + ".partial")
                 for old in checkpoints(a.out, ".partial"):
@@ -601,7 +600,7 @@ def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progr
                 for kind, generator in generators(ranks):
                     if f"rng.{kind}.{ranks.rank}" in tensors:
                         generator.set_rng_state(tensors[f"rng.{kind}.{ranks.rank}"])
-                ranks.first(lambda: [set_aside(old) for old in damaged])
+                ranks.first(lambda: [os.rename(bad, f"{bad}.damaged-{time.time():.0f}") for bad in damaged])
                 say(f"resume    from {folder}, after step {run.step:,}")
                 return run
         damaged.append(folder)
@@ -613,8 +612,8 @@ def load_checkpoint(out: str, model: DFT, optimizer, ranks: Ranks, say) -> Progr
 
 
 def read_state(folder: str, ranks: Ranks):
-    """The Progress of a checkpoint and the number of its ranks, from state.json, when this rank's share of the
-    files has the digests that stand in there; else one of many exceptions."""
+    """The Progress of a checkpoint and the number of its ranks, from state.json, when this rank's share of
+    the files has the digests that stand in there; else one of many exceptions."""
     state = read_json(os.path.join(folder, "state.json"))
     if state.pop("digest") != digest(state):
         raise ValueError("state.json is damaged")
@@ -647,19 +646,6 @@ def checkpoints(out: str, ending: str = "") -> list:
     names = os.listdir(folder) if os.path.isdir(folder) else []
     names = sorted((n for n in names if re.fullmatch(r"step-\d{6,}" + ending, n)), key=lambda n: (len(n), n))
     return [os.path.join(folder, n) for n in names]
-
-
-def set_aside(folder: str) -> None:
-    """Keep a damaged checkpoint for whoever wants to look at it, under a name that counts no more."""
-    shutil.rmtree(folder + ".damaged", ignore_errors=True)
-    os.rename(folder, folder + ".damaged")
-
-
-def flush_folder(folder: str) -> None:
-    """Have what was renamed in a folder survive a power cut."""
-    opened = os.open(folder, os.O_RDONLY)
-    os.fsync(opened)
-    os.close(opened)
 
 
 def digest(of) -> str:
@@ -726,10 +712,13 @@ def plan(a, config: Config, method: Method) -> str:
     passing = min(a.micro_batch_tokens, row * a.batch_size / W) * deep / (L * row)
     kept = 8 * D + low * (2 * D + 3 * H + 2 * K + 4 * M)                    # bytes a token leaves in a layer
     copies = W > 1 or low < 4                                               # beside the fp32 masters
+    where, share = f"1/{W // a.replicas}", a.replicas / W
+    if a.cpu_offload:
+        where, share = "in host memory", 0
     memory = {
-        "master weights, fp32, a share": 4 * n / W,
-        "their gradients, fp32, a share": 4 * n / W,
-        "Adam's two moments, fp32, a share": 8 * n / W,
+        f"master weights, fp32, {where}": 4 * n * share,
+        f"their gradients, fp32, {where}": 4 * n * share,
+        f"Adam's two moments, fp32, {where}": 8 * n * share,
         f"gathered weights, {a.dtype}: embedding, head, 2 layers": copies * low * (root + 2 * layer),
         f"gradients before their sum, {a.dtype}: embedding, head, 1 layer": copies * low * (root + layer),
         f"activations of {a.micro_batch_tokens:,} tokens": passing * (
@@ -744,11 +733,11 @@ def plan(a, config: Config, method: Method) -> str:
         f"answer {Y:.0f}" + (f"; i = {i}, j = {j}" if method.signals() else ""),
         f"steps     {steps:,} of {a.batch_size} records; {flops / steps:.2e} FLOPs each, {flops:.2e} in all",
         f"time      {minutes:,.1f} min on {W} GPUs of {a.peak_tflops:g} TFLOP/s at {a.mfu:.0%} MFU (--mfu)",
-        f"memory    of each GPU, in GB of 1e9 bytes (estimated; a share is 1/{W}):",
+        "memory    of each GPU, in GB of 1e9 bytes (estimated):",
         *(f"          {size / 1e9:8.2f}  {what}" for what, size in memory.items()),
         f"          {need:8.2f}  together, of {a.gpu_memory:g}: " + (
             "fits" if need < 0.92 * a.gpu_memory else "does NOT fit with 8 % for the allocator; more GPUs, "
-            "--activation_checkpointing or fewer --micro_batch_tokens lower it")])
+            "--activation_checkpointing, fewer --micro_batch_tokens or --cpu_offload lower it")])
 
 
 if __name__ == "__main__":

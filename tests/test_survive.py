@@ -4,17 +4,20 @@ import os
 import resource
 import shutil
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
 
 import pytest
 import torch
-from runs import DEMO, Run, command, launch, metrics, numbers
+from runs import DEMO, ROOT, Run, command, launch, metrics, numbers
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import train
 from data import Tokenizer, batch_of, make_records, read_parallel
-from model import Config, InputError
+from model import Config, InputError, Transformer, save
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
 EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
@@ -132,19 +135,28 @@ def test_random_numbers_go_on_too(demo_data, tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------- signals, restarts
 
 @pytest.mark.parametrize("ranks, number", [(2, signal.SIGTERM), (None, signal.SIGUSR1)])
-def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, straight, straight2, demo_data, tmp_path):
+def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, demo_data, tmp_path):
     out = tmp_path / "run"
-    long = command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4)
-    run = Run(long, ranks).until("saved")
+    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4), ranks)
+    run.until("saved")
     os.kill(run.pid_of(1) if ranks else run.pid, number)
     assert run.end().returncode == 0, run.stderr
     step = len(metrics(out))
     assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout.splitlines()[-1]
     assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}") and not (out / "model").exists()
-    again = Run(long, ranks).until("resume    from")
-    assert f"after step {step:,}" in again.stdout
-    again.kill()
-    again.end()
+
+
+def test_a_signal_to_torchrun_itself_saves_before_it_ends(demo_data, tmp_path):
+    """As SLURM sends it to all processes of a step; torchrun hands it on."""
+    out = tmp_path / "run"
+    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4), 2,
+              ["--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]).until("saved")
+    for pid in (*run.children(), run.pid):
+        os.kill(pid, signal.SIGUSR1)
+    run.end()
+    step = len(metrics(out))
+    assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout
+    assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}")
 
 
 def test_torchrun_restarts_a_run_whose_ranks_are_killed(straight2, demo_data, tmp_path):
@@ -373,3 +385,59 @@ def test_memory_that_runs_out_names_the_micro_batch_and_what_lowers_it(demo_data
     one_line_that_names(3, run.end(), out)
     assert "out of memory in a micro-batch of 1 records and " in run.stderr
     assert "--micro_batch_tokens below 4096" in run.stderr
+
+
+# -------------------------------------------------------------------------------------- no rank holds all
+
+LOADING = """
+import sys
+from argparse import Namespace
+import torch
+import train
+from dft import Method
+from model import Config, save
+
+def build(folder):
+    a = Namespace(model=folder, dtype="fp32", activation_checkpointing=False, cpu_offload=False, replicas=1)
+    return train.build(Config.read(folder), Method("none", "none"), a, ranks)
+
+def growth(action):
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")                                         # the peak begins anew
+    before = peak()
+    return action(), peak() - before
+
+def peak():
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
+
+ranks = train.start(Namespace(device="cpu", seed=0, out="x", replicas=1, cpu_offload=False))
+build(sys.argv[2])                                              # what torch takes once is not counted
+model, loading = growth(lambda: build(sys.argv[1]))
+size = 4 * sum(p.numel() for p in model.parameters())
+_, saving = growth(lambda: save(model.model, sys.argv[3], torch.float32, size // 3))
+print(f"peak {loading / size:.3f} {saving / size:.3f}")
+"""
+
+
+def test_no_rank_holds_the_whole_model_while_it_is_loaded_and_exported(family, tmp_path):
+    """Of 160 MB of weights each of two ranks holds a half and little more, and the files come out the same."""
+    shape = dict(model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=2048,
+                 num_hidden_layers=8, num_attention_heads=8, rms_norm_eps=1e-5, tie_word_embeddings=False)
+    (tmp_path / "big").mkdir()
+    (tmp_path / "big" / "config.json").write_text(json.dumps(shape))
+    save(Transformer(Config.read(str(tmp_path / "big"))), str(tmp_path / "whole"))
+    (tmp_path / "program.py").write_text(LOADING)
+    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
+                          str(tmp_path / "program.py"), str(tmp_path / "whole"), family("llama2"),
+                          str(tmp_path / "parts")], capture_output=True, text=True, timeout=120,
+                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
+    assert out.returncode == 0, out.stderr
+    peaks = [tuple(map(float, line.split()[1:])) for line in out.stdout.splitlines() if line.startswith("peak")]
+    print(f"\npeak growth / weights, of each of two ranks, loading and exporting: {peaks}")
+    assert len(peaks) == 2 and all(0.4 < loading < 0.65 and saving < 0.2 for loading, saving in peaks)
+    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
+    a, b = ({n: t for f in (tmp_path / name).glob("*.safetensors") for n, t in load_file(f).items()}
+            for name in ("whole", "parts"))
+    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
+    assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts").config.num_hidden_layers == 8
