@@ -226,8 +226,8 @@ def main(argv=None):
     chosen |= dict(out=a.out, lc_layer=method.lc_layer or "auto", et_layer=method.et_layer or "auto")
     metrics = None                                      # the other ranks write none
     if ranks.rank == 0:
+        write_json(chosen, os.path.join(a.out, "settings.json"))        # first: it makes OUT a run
         metrics = open_metrics(a.out)
-        write_json(chosen, os.path.join(a.out, "settings.json"))
     say(textwrap.fill("settings  " + "  ".join(f"{key}={value}" for key, value in chosen.items()), 110,
                       subsequent_indent=" " * 10, break_on_hyphens=False, break_long_words=False))
     say(f"run       {steps:,} steps of {a.batch_size} records, {per_epoch:,} an epoch, on {ranks.world} x "
@@ -445,7 +445,7 @@ def claim(a, chosen: dict):
         out += "-again"
     try:
         os.makedirs(out, exist_ok=True)
-        there = sorted(os.listdir(out))
+        there = [name for name in sorted(os.listdir(out)) if not name.endswith(".tmp")]     # see write_json
     except OSError as error:
         raise InputError(f"--out {out}: {error.strerror}; expected a folder that can be made") from None
     if not there:
@@ -683,6 +683,8 @@ def plan(a, config: Config, method: Method) -> str:
     n, layer = (sum(p.numel() for p in m.parameters()) for m in (model, model.layers[0]))
     W, L, D, M, V = (a.world_size, config.num_layers, config.hidden_size, config.intermediate_size,
                      config.vocab_size)
+    if W % a.replicas:
+        raise InputError(f"--replicas {a.replicas} does not divide --world_size {W}")
     H, K = (heads * config.head_dim for heads in (config.num_heads, config.num_kv_heads))
     i, j = method.lc_layer or max(1, round(L * 2 / 32)), method.et_layer or max(1, round(L * 15 / 32))
 
@@ -733,6 +735,7 @@ def plan(a, config: Config, method: Method) -> str:
         f"answer {Y:.0f}" + (f"; i = {i}, j = {j}" if method.signals() else ""),
         f"steps     {steps:,} of {a.batch_size} records; {flops / steps:.2e} FLOPs each, {flops:.2e} in all",
         f"time      {minutes:,.1f} min on {W} GPUs of {a.peak_tflops:g} TFLOP/s at {a.mfu:.0%} MFU (--mfu)",
+        f"disk      {12 * n * (a.keep + 1) / 1e9:,.1f} GB for checkpoints, {low * n / 1e9:,.1f} GB for a model",
         "memory    of each GPU, in GB of 1e9 bytes (estimated):",
         *(f"          {size / 1e9:8.2f}  {what}" for what, size in memory.items()),
         f"          {need:8.2f}  together, of {a.gpu_memory:g}: " + (

@@ -223,6 +223,18 @@ def test_a_dry_run_plans_7b_on_8_and_70b_on_64(shape, gpus, parameters, share, d
     assert "no tokenizer" in said               # so it says what it assumed
 
 
+def test_a_dry_run_counts_replicas_host_memory_and_disk(demo_data, tmp_path, capsys):
+    (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
+    asked = ["--model", str(tmp_path), "--data", demo_data, "--dry_run", "--world_size", "16", "--replicas", "2"]
+    train.main(asked)
+    said = capsys.readouterr().out
+    assert "3.37  master weights, fp32, 1/8" in said and "242.6 GB for checkpoints, 13.5 GB for a model" in said
+    train.main([*asked, "--cpu_offload"])
+    assert "0.00  master weights, fp32, in host memory" in capsys.readouterr().out
+    with pytest.raises(train.InputError, match="--replicas 3 does not divide --world_size 16"):
+        train.main([*asked, "--replicas", "3"])
+
+
 def test_a_dry_run_says_when_it_does_not_fit(demo_data, tmp_path, capsys):
     (tmp_path / "config.json").write_text(json.dumps(LLAMA_7B))
     train.main(["--model", str(tmp_path), "--data", demo_data, "--dry_run"])
