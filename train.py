@@ -535,18 +535,6 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks
                  process_group=ranks.group, no_dist=not ranks.group)
     must_be_finite(tensors, a.out, run.step, ranks)
 
-    def told(error):
-        return OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, and "
-                       "the same command goes on from there")
-
-    def begin():
-        try:
-            os.stat(a.out)                              # one that vanished is not made anew
-            shutil.rmtree(part, ignore_errors=True)
-            os.makedirs(part)
-        except OSError as error:
-            raise told(error) from None
-
     def seal(written):
         try:
             written()
@@ -565,9 +553,11 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks
                     shutil.rmtree(old)
                 tqdm.write(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
         except (OSError, CheckpointException) as error:
-            raise told(error) from None
+            raise OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, "
+                          "and the same command goes on from there") from None
 
-    ranks.first(begin)
+    # An OUT that vanished is not made anew, and what an earlier crash left does not count among the files.
+    ranks.first(lambda: os.stat(a.out) and shutil.rmtree(part, ignore_errors=True))
     if a.save_async == "no" or a.save_async == "auto" and ranks.device.type == "cpu":
         return seal(lambda: dcp.save(tensors, **where))
     return ThreadPoolExecutor(1).submit(seal, dcp.async_save(tensors, **where).result)
@@ -735,7 +725,7 @@ def plan(a, config: Config, method: Method) -> str:
         f"answer {Y:.0f}" + (f"; i = {i}, j = {j}" if method.signals() else ""),
         f"steps     {steps:,} of {a.batch_size} records; {flops / steps:.2e} FLOPs each, {flops:.2e} in all",
         f"time      {minutes:,.1f} min on {W} GPUs of {a.peak_tflops:g} TFLOP/s at {a.mfu:.0%} MFU (--mfu)",
-        f"disk      {12 * n * (a.keep + 1) / 1e9:,.1f} GB for checkpoints, {low * n / 1e9:,.1f} GB for a model",
+        f"disk      {12 * n * (a.keep + 1) / 1e9:,.1f} GB checkpoints, {low * n / 1e9:,.1f} GB for a model",
         "memory    of each GPU, in GB of 1e9 bytes (estimated):",
         *(f"          {size / 1e9:8.2f}  {what}" for what, size in memory.items()),
         f"          {need:8.2f}  together, of {a.gpu_memory:g}: " + (

@@ -31,9 +31,9 @@ def numbers(out):
 
 
 class Run:
-    """train.py as a user starts it, with `ranks` under torchrun. It dies with its children after 120 s."""
+    """train.py as a user starts it, with `ranks` under torchrun. It dies with its children after `seconds`."""
 
-    def __init__(self, arguments, ranks=None, torchrun=()):
+    def __init__(self, arguments, ranks=None, torchrun=(), seconds=120):
         launcher = ["-m", "torch.distributed.run", "--nproc_per_node", str(ranks),
                     *(torchrun or ["--standalone"])] if ranks else []
         self.err = tempfile.TemporaryFile("w+")
@@ -42,7 +42,7 @@ class Run:
             stdout=subprocess.PIPE, stderr=self.err,
             env={**os.environ, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
         self.pid, self.stdout = self.process.pid, ""
-        self.timer = threading.Timer(120, self.kill)
+        self.timer = threading.Timer(seconds, self.kill)
         self.timer.start()
 
     def until(self, text):
@@ -82,6 +82,6 @@ class Run:
         return self
 
 
-def launch(arguments, ranks=None, torchrun=()):
+def launch(arguments, ranks=None, torchrun=(), seconds=120):
     """A run from its beginning to its end."""
-    return Run(arguments, ranks, torchrun).end()
+    return Run(arguments, ranks, torchrun, seconds).end()

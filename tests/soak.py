@@ -31,7 +31,7 @@ def soak(a, work):
     arguments = ["--steps", steps, "--batch_size", 16, "--save_every", every]
     ranks = a.ranks if a.ranks > 1 else None
     began = time.perf_counter()
-    straight = launch(command(work / "straight", work / "data.jsonl", *arguments), ranks)
+    straight = launch(command(work / "straight", work / "data.jsonl", *arguments), ranks, seconds=600)
     assert straight.returncode == 0, straight.stderr
     alone = time.perf_counter() - began
     print(f"undisturbed: {steps} steps, a checkpoint every {every}, {alone:.0f} s")
@@ -57,7 +57,7 @@ def soak(a, work):
               f"{'in a save: ' + left[0] if left else 'the run had ended' if ended else 'between saves'}")
         if ended:
             break
-    last = launch(command(out, work / "data.jsonl", *arguments), ranks)
+    last = launch(command(out, work / "data.jsonl", *arguments), ranks, seconds=600)
     assert last.returncode == 0, last.stderr
     final = f"checkpoints/step-{steps:06d}"
     same = {"losses, gradient norms and tokens of every step": numbers(out) == numbers(work / "straight"),
@@ -88,7 +88,7 @@ def metrics_up_to_a_torn_line(out):
 
 def long(work):
     run = launch(command(work / "long", work / "data.jsonl", "--steps", 2000, "--batch_size", 1,
-                         "--method", "dft-logits", "--save_every", 200))
+                         "--method", "dft-logits", "--save_every", 200), seconds=600)
     assert run.returncode == 0, run.stderr
     lines = metrics(work / "long")
     at = {n: lines[n - 1]["peak_mem_mib"] for n in (100, 300, 500, 1000, 2000)}

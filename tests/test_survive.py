@@ -6,6 +6,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -111,6 +112,26 @@ def test_a_checkpoint_written_meanwhile_equals_one_written_at_once(straight, str
         assert done.returncode == 0, done.stderr
         assert contents(out / "checkpoints/step-000004") == contents(other / "checkpoints/step-000004")
         same_run(out, other)
+
+
+def test_a_checkpoint_written_late_holds_the_step_at_which_it_was_asked_for(straight, demo_data, tmp_path,
+                                                                            monkeypatch):
+    """The writer begins only when a later step has changed the weights."""
+    stepped, late = threading.Event(), []
+    write, step = train.dcp.HuggingFaceStorageWriter.write_data, torch.optim.AdamW.step
+
+    def write_later(self, *args):
+        if not late:
+            stepped.clear()
+            late.append(stepped.wait(60))
+        return write(self, *args)
+    monkeypatch.setattr(train.dcp.HuggingFaceStorageWriter, "write_data", write_later)
+    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (step(self, *args), stepped.set()))
+    train.main(command(tmp_path / "run", demo_data, *EIGHT, "--save_async", "yes", "--lr", "1e-4"))
+    assert late == [True]
+    run, other = (load_file(out / "checkpoints/step-000004/shard-00001-model-00002-of-00007.safetensors")
+                  for out in (tmp_path / "run", straight))
+    assert all((run[name] - other[name]).abs().max() < 1e-6 for name in other)      # a step moves 1e-4
 
 
 def test_replicas_and_host_memory_compute_the_same_run(straight, demo_data, tmp_path):
@@ -247,7 +268,9 @@ def flip(path, at=-100):
     lambda folder: (folder / "shard-00001-model-00003-of-00007.safetensors").write_bytes(b"{}" * 100),
     lambda folder: (folder / "state.json").unlink(),
     lambda folder: (folder / "state.json").write_text("[]"),
-    lambda folder: os.rename(folder, str(folder) + ".partial"),
+    lambda folder: (shutil.copy(folder / "shard-00001-model-00003-of-00007.safetensors",
+                                folder / "shard-00002-model-00003-of-00007.safetensors"),
+                    os.rename(folder, str(folder) + ".partial")),       # of two ranks
     lambda folder: shutil.copy(folder / "shard-00001-model-00003-of-00007.safetensors",
                                folder / "shard-00002-model-00003-of-00007.safetensors"),
 ], ids=["a flipped bit", "a flipped bit in state.json", "a file gone", "a file overwritten", "state.json gone",
