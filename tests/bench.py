@@ -27,6 +27,8 @@ from data import Tokenizer, make_records, read_parallel  # noqa: E402
 from dft import TERMS, lay_out  # noqa: E402
 from model import Config  # noqa: E402
 
+RANKS = train.Ranks(torch.device("cpu"))
+
 
 def prepare(a):
     """The settings and records that both sides train on."""
@@ -41,11 +43,11 @@ def prepare(a):
 
 def ours(s, config, method, records):
     """One step's losses with gradients, by the one pass."""
-    model = train.build(config, method, s, torch.device("cpu"))
+    model = train.build(config, method, s, RANKS)
 
     def losses():
         mean = dict.fromkeys(TERMS, 0.0)
-        batches = train.deal(records, s.micro_batch_tokens, method, config, 0, 1)
+        batches = train.deal(records, s.micro_batch_tokens, method, config, RANKS)
         counts = {t: max(1, sum(b.counts.get(t, 0) for b in batches)) for t in TERMS}
         for batch in batches:
             sums = model(batch)

@@ -4,8 +4,7 @@
     python tests/soak.py --ranks 2 --kills 20         the same with all ranks of two killed at once
     python tests/soak.py --long                       2,000 steps: is memory flat, is every line there?
 
-Also what one ends in, e.g. after a change of train.py: it prints a line a kill and, last, what it compared;
-the exit code is 1 if a bit differs.
+It prints a line a kill and, last, what it compared; the exit code is 1 if a bit differs.
 """
 import argparse
 import os
@@ -94,7 +93,7 @@ def long(work):
     at = {n: lines[n - 1]["peak_mem_mib"] for n in (100, 300, 500, 1000, 2000)}
     print("peak memory, MiB, after so many steps:", at)
     print("lines of metrics.jsonl:", len(lines), "in order:", [x["step"] for x in lines] == list(range(1, 2001)))
-    return at[2000] <= at[500] * 1.01 and len(lines) == 2000
+    return at[2000] <= at[500] * 1.03 and len(lines) == 2000
 
 
 if __name__ == "__main__":

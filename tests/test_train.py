@@ -13,6 +13,7 @@ from runs import DEMO, ROOT, command, launch, metrics
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+import bench
 import train
 from data import Tokenizer, make_records, read_parallel
 from dft import Method
@@ -109,6 +110,14 @@ def test_learning_rate_climbs_in_equal_parts_and_falls_as_half_a_cosine():
     assert rates[52] == pytest.approx(0.5) and 0 < rates[-1] < 1e-3
     assert train.learning_rate(0, 1, 1.0, 0.03) == 1.0                # a single step is not lost to warm-up
     assert train.learning_rate(0, 10, 1.0, 0.0) == 1.0
+
+
+@pytest.mark.parametrize("arm", ["tft", "dft-logits", "dft-feature"])
+def test_the_benchmark_times_equal_work(arm, demo_data):
+    given = bench.prepare(argparse.Namespace(model=DEMO, data=demo_data, method=arm, dtype="fp32", lc_layer=1,
+                                             et_layer=3, records=6))
+    a, b = (side(*given)[1]() for side in (bench.ours, bench.peer))
+    assert a == pytest.approx(b, rel=1e-4)
 
 
 # -------------------------------------------------------------------------------------- what a user sees
