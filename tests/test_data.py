@@ -15,7 +15,8 @@ from tokenizers import models, normalizers
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
-from data import Tokenizer, batch_of, make_records, micro_batches, read_parallel, read_rows, steps_per_epoch
+from data import (Record, Tokenizer, batch_of, fingerprint, make_records, micro_batches, read_parallel, read_rows,
+                  steps_per_epoch)
 from model import Config, InputError
 
 DEMO = ROOT / "demo" / "model"
@@ -521,3 +522,11 @@ def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, case):
 def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
     with pytest.raises(InputError, match="no tokenizer.model and no tokenizer.json"):
         Tokenizer(config_beside(DEMO / "tokenizer_config.json", tmp_path))
+
+
+def test_a_fingerprint_tells_every_id_its_place_and_its_part():
+    records = [Record([1, 2], [3], [4, 5]), Record([6], [7, 8])]
+    others = [[Record([1, 2], [3], [4, 9]), records[1]], records[::-1], records[:1],
+              [Record([1], [2, 3], [4, 5]), records[1]], [Record([1, 2], [3], None, [4, 5]), records[1]]]
+    digests = [fingerprint(r) for r in (records, *others)]
+    assert len(set(digests)) == 6 and fingerprint([Record([1, 2], [3], [4, 5]), Record([6], [7, 8])]) == digests[0]

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from conftest import ROOT
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -309,6 +310,8 @@ def test_a_bf16_save_says_bf16_in_its_files_and_its_config(family, tmp_path):
     folder, model = str(tmp_path / "saved"), load(family("smollm2"))
     save(model, folder, torch.bfloat16)
     state = load_file(os.path.join(folder, "model.safetensors"))
+    with safe_open(os.path.join(folder, "model.safetensors"), "pt") as file:
+        assert file.metadata() == {"format": "pt"}              # transformers 4 refuses a file without it
     assert all(torch.equal(state[hf_name(n)], p.bfloat16()) for n, p in model.named_parameters())
     assert {t.dtype for t in state.values()} == {torch.bfloat16}
     with open(os.path.join(folder, "config.json")) as file:

@@ -222,10 +222,17 @@ def test_a_setting_that_does_not_change_the_result_may_differ(straight, demo_dat
     out = rewound(straight, tmp_path / "run")
     copy = tmp_path / "copy.jsonl"
     shutil.copy(demo_data, copy)
-    train.main(command(out, copy, *EIGHT, "--micro_batch_tokens", 300, "--keep", 5, "--lc_layer", "auto",
-                       "--activation_checkpointing"))
+    train.main(command(out, copy, *EIGHT, "--micro_batch_tokens", 300, "--keep", 5, "--activation_checkpointing"))
     close_run(out, straight)
-    assert json.loads((out / "settings.json").read_text())["lc_layer"] == 1, "not chosen anew"
+
+
+def test_layers_that_were_chosen_are_not_chosen_anew(demo_data, tmp_path, capsys):
+    asked = command(tmp_path / "run", demo_data, "--steps", 2, "--batch_size", 4, "--save_every", 1)
+    train.main([*asked, "--lc_layer", "2", "--et_layer", "4"])                  # auto would take 1 and 3
+    shutil.rmtree(tmp_path / "run/model")
+    train.main([*asked, "--lc_layer", "auto", "--et_layer", "auto"])
+    settings = json.loads((tmp_path / "run/settings.json").read_text())
+    assert (settings["lc_layer"], settings["et_layer"]) == (2, 4) and "auto:" not in capsys.readouterr().out
 
 
 def test_a_finished_run_is_said_to_be_finished_and_left_alone(straight, demo_data, tmp_path, capsys):
@@ -286,6 +293,17 @@ def test_a_damaged_checkpoint_is_said_and_passed_over(damage, straight, demo_dat
                for line in said.splitlines())
     assert f"resume    from {out}/checkpoints/step-000004, after step 4" in said
     same_run(out, straight)
+
+
+def test_a_lost_shard_of_the_first_rank_is_noticed_too(straight2, demo_data, tmp_path, capsys):
+    """torch.distributed.checkpoint would leave its rows as they are, since the second rank's tell the shape."""
+    out = tmp_path / "run"
+    shutil.copytree(straight2, out)
+    shutil.rmtree(out / "model")
+    (out / "checkpoints/step-000008/shard-00001-model-00003-of-00007.safetensors").unlink()
+    train.main(command(out, demo_data, *EIGHT))
+    assert "after step 4" in capsys.readouterr().out
+    close_run(out, straight2)
 
 
 def test_damaged_checkpoints_alone_are_refused_and_kept(straight, demo_data, tmp_path):
