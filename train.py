@@ -608,8 +608,9 @@ def read_state(folder: str, ranks: Ranks):
     if state.pop("digest") != digest(state):
         raise ValueError("state.json is damaged")
     run, files = Progress(**state["progress"]), sorted(set(os.listdir(folder)) - {"state.json"})
-    if files != sorted(state["files"]) or not all(type(n) is int for n in vars(run).values()):
-        raise ValueError("state.json tells of other files")
+    sane = all(type(n) is int and 0 <= n < 1e9 for n in vars(run).values())
+    if files != sorted(state["files"]) or not sane:
+        raise ValueError("state.json tells of other files, or of no number of steps")
     for file in files[ranks.rank::ranks.world]:
         if digest(os.path.join(folder, file)) != state["files"][file]:
             raise ValueError(f"{file} is damaged")
