@@ -240,7 +240,8 @@ def main(argv=None):
     if ranks.group:
         dist.destroy_process_group()                    # what is left is rank 0's alone
     if run.step < steps:
-        say(f"stopped   by a signal after step {run.step:,} of {steps:,}; the same command goes on from it")
+        say(f"stopped   by a signal after step {run.step:,} of {steps:,}; the same command with --out "
+            f"{a.out} goes on from it")
     elif ranks.rank == 0:
         report(a, run, out, ranks.device)
 
@@ -554,7 +555,7 @@ def save_checkpoint(a, model: DFT, optimizer, run: Progress, chosen: dict, ranks
                 tqdm.write(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
         except (OSError, CheckpointException) as error:
             raise OSError(f"{part}: {cause(error)}; step {run.step} is not saved; {last(a.out)}; mend this, "
-                          "and the same command goes on from there") from None
+                          f"and the same command with --out {a.out} goes on from there") from None
 
     # An OUT that vanished is not made anew, and what an earlier crash left does not count among the files.
     ranks.first(lambda: os.stat(a.out) and shutil.rmtree(part, ignore_errors=True))
@@ -742,3 +743,5 @@ if __name__ == "__main__":
         if os.environ.get("RANK", "0") == "0" or isinstance(error, (OSError, MemoryError)):   # not everyone's
             print(f"error: {error}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
+    except KeyboardInterrupt:
+        sys.exit("stopped by hand; the same command with --out goes on from its last checkpoint, if any")

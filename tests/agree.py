@@ -5,17 +5,17 @@
 
 The harness runs its own task definitions, loops and scores; replaced is only where the rows come from: local
 files instead of the hub. Both sides: fp32, softmax in fp32, BOS where the tokenizer itself puts one. The
-second line is the harness's side of one task alone, which the first line starts with --python, as it asks for
+second line is the harness's side of one task alone, which the first line starts by --python, as it asks for
 packages of its own:
 
     pip install "lm_eval[hf]==0.4.13" "transformers==5.19.0"
 
-(5.19.0 is the last to have squad_metrics, which the harness's XQuAD imports.) --keep is a folder for the items
-of both sides; what the harness found there once is not computed again while model, file, items and batch size
-are the same. Rates are items per second of scoring: the harness's by a clock round its evaluate(), ours by two
-commands, one with a single item, whose time is subtracted. Where others use the machine, believe the ratio of
-the processors' time. Exit code 1 if a log-likelihood differs by more than 1e-3, or if a prompt, a choice, a
-generated string or a score differs at all.
+(5.19.0 is the last with squad_metrics, which the harness's XQuAD imports.) --keep is a folder for the items
+of both sides; what the harness found is not computed again where it lies there for the same model, file,
+items and batch size. Rates are items per second of scoring: the harness's by a clock round its evaluate(),
+ours by two commands, one with a single item, whose time is subtracted. Where others use the machine, believe
+the ratio of the processors' time. Exit code 1 if a log-likelihood differs by more than 1e-3, or if a prompt,
+a choice, a generated string or a score differs.
 """
 import argparse
 import json
@@ -35,6 +35,9 @@ TASKS = {
     "xquad": ("xquad/xquad.zh.json", 100, ["xquad_zh"]),
 }
 TOLERANCE = 1e-3                # of a log-likelihood, and of a score that comes of them
+# What may differ, and the keys of an item that show it.
+KINDS = {"prompt": ["prompt", "choices"], "log-likelihood": ["loglikelihoods"], "choice": ["loglikelihoods"],
+         "string": ["text"], "score": ["score", "exact_match", "f1"]}
 
 
 # ---------------------------------------------------------------------------------------------- the harness
@@ -69,8 +72,7 @@ def item_of(name, sample):
 
 
 def harness(a, task, facts):
-    """The harness's side of one task: its items as {its name}.jsonl and what it took as {task}.json in
-    --keep."""
+    """The harness's side of one task: items as {its name}.jsonl in --keep, what it took as {task}.json."""
     os.environ["HF_HUB_OFFLINE"] = "1"                          # before anything of the hub is imported
     import datasets
     import lm_eval
@@ -79,9 +81,9 @@ def harness(a, task, facts):
     from lm_eval.tasks import TaskManager
     names = TASKS[task][2]
     rows = datasets.Dataset.from_list(hub_rows(task, Path(facts["data"]))[:facts["items"]])
-    splits = dict.fromkeys(("train", "validation", "val", "test"), rows)
-    datasets.load_dataset = lambda *_, **__: splits             # train: looked at for examples, none of which
-    tasks = TaskManager().load(names)                           # is used
+    splits = dict.fromkeys(("train", "validation", "val", "test"), rows)    # train: for examples, never used
+    datasets.load_dataset = lambda *_, **__: splits
+    tasks = TaskManager().load(names)
     model = HFLM(pretrained=a.model, dtype="float32", softmax_dtype="float32", device="cpu",
                  batch_size=facts["batch_size"])
     wall, cpu = time.perf_counter(), time.process_time()
@@ -93,8 +95,8 @@ def harness(a, task, facts):
             for sample in sorted(found["samples"][name], key=lambda s: s["doc_id"]):
                 file.write(json.dumps(item_of(name, sample), ensure_ascii=False) + "\n")
     (a.keep / f"{task}.json").write_text(json.dumps(facts, indent=1))
-    print(f"{task}: {facts['items']} items scored in {facts['wall']:.1f} s, {facts['cpu']:.1f} s of processors, "
-          f"lm_eval {facts['lm_eval']}, transformers {facts['transformers']}")
+    print(f"{task}: {facts['items']} items scored in {facts['wall']:.1f} s, {facts['cpu']:.1f} s of "
+          f"processors, lm_eval {facts['lm_eval']}, transformers {facts['transformers']}")
     for name in names:
         print(f"{name}: {found['results'][name]}")
 
@@ -153,22 +155,21 @@ def best(values):
 
 
 def compare(name, mine, peer):
-    """Items of the two sides -> what differs, by kind: {kind: [item numbers]}, and the largest difference of
+    """Items of the two sides -> {kind: [numbers of items in which it differs]}, and the largest difference of
     a log-likelihood."""
-    kinds, largest = {kind: [] for kind in ("prompt", "choice", "string", "score", "log-likelihood")}, 0.0
+    kinds, largest = {kind: [] for kind in KINDS}, 0.0
     assert len(mine) == len(peer), f"{name}: {len(mine)} items of ours, {len(peer)} of the harness"
     for n, (a, b) in enumerate(zip((view(name, item) for item in mine), peer)):
-        said = [b.get("choices"), [c[1:] for c in b.get("choices", ())], None]      # with the space or without
-        if a["prompt"] != b["prompt"] or a.get("choices") not in said:
+        said = b.get("choices", ())
+        if a["prompt"] != b["prompt"] or a.get("choices") not in (said, [c[1:] for c in said], None):
             kinds["prompt"].append(n)
         if "text" in b:
             kinds["string"] += [n] * (a["text"] != b["text"])
             kinds["score"] += [n] * any(abs(a[key] - b[key]) > TOLERANCE for key in ("exact_match", "f1"))
             continue
-        pairs = list(zip(a["loglikelihoods"], b["loglikelihoods"], strict=True))
-        differs = max(abs(x - y) for x, y in pairs)
-        largest = max(largest, differs)
-        kinds["log-likelihood"] += [n] * (not differs <= TOLERANCE)
+        gaps = [abs(x - y) for x, y in zip(a["loglikelihoods"], b["loglikelihoods"], strict=True)]
+        largest = max(largest, *gaps)
+        kinds["log-likelihood"] += [n] * (not all(gap <= TOLERANCE for gap in gaps))        # NaN is caught
         kinds["choice"] += [n] * (best(a["loglikelihoods"]) != best(b["loglikelihoods"]))
         kinds["score"] += [n] * (not abs(a["score"] - b["score"]) <= TOLERANCE)
     return kinds, largest
@@ -191,8 +192,9 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         a.keep = a.keep or Path(folder)
         a.keep.mkdir(parents=True, exist_ok=True)
-        facts = {task: dict(model=os.path.abspath(a.model), data=os.path.abspath(os.path.join(a.data, file)),
-                            items=min(items, a.limit or items), batch_size=1 if task == "xquad" else a.batch_size)
+        facts = {task: dict(model=os.path.abspath(a.model), data=os.path.join(os.path.abspath(a.data), file),
+                            items=min(items, a.limit or items),
+                            batch_size=1 if task == "xquad" else a.batch_size)
                  for task, (file, items, _) in TASKS.items()}
         if a.harness:
             harness(a, a.harness[1], facts[a.harness[1]])
@@ -204,22 +206,25 @@ def table(a, facts):
     """Runs both sides and prints what differs; 1 if anything does."""
     lines, notes = [], []
     for task in a.tasks:
-        peer_took, took, items = theirs(a, task, facts[task]), ours(a, task, facts[task]), facts[task]["items"]
+        items = facts[task]["items"]
+        peer_took, took = theirs(a, task, facts[task]), ours(a, task, facts[task])
         rate, peer_rate = (items - 1) / took["wall"], items / peer_took["wall"]
-        cpu = peer_took["cpu"] / items * (items - 1) / took["cpu"]
+        cpu = (items - 1) / took["cpu"] * peer_took["cpu"] / items
         for name in TASKS[task][2]:
             mine, peer = (read_items(a.keep / f"{n}.jsonl") for n in (f"ours_{task}", name))
             kinds, largest = compare(name, mine, peer)
-            counts = ([f"{largest:.1e}", len(kinds["choice"]), "", ""] if "choices" in peer[0] else
-                      ["", "", len(kinds["string"]), len(kinds["score"])])
-            lines.append([name, len(peer), *counts, f"{rate:.2f}", f"{peer_rate:.2f}",
+            counts = ([f"{largest:.1e}", len(kinds["choice"]), ""] if "choices" in peer[0] else
+                      ["", "", len(kinds["string"])])
+            lines.append([name, len(peer), *counts, len(kinds["score"]), f"{rate:.2f}", f"{peer_rate:.2f}",
                           f"{rate / peer_rate:.2f}x", f"{cpu:.2f}x"])
-            notes += [f"{name}: another {kind} in {len(places)} of {len(peer)} items, first in item {places[0]}:"
-                      f"\n  ours    {json.dumps(view(name, mine[places[0]]), ensure_ascii=False)}"
-                      f"\n  harness {json.dumps(peer[places[0]], ensure_ascii=False)}"
-                      for kind, places in kinds.items() if places]
-    print("| task | items | largest difference of a log-likelihood | other choices | other strings | other F1 "
-          "| ours, items/s | harness, items/s | ratio | ratio by processors' time |\n" + "| --- " * 10 + "|")
+            for kind, places in kinds.items():
+                for n in places[:1]:
+                    notes.append(f"{name}: another {kind} in {len(places)} of {len(peer)} items, first {n}:")
+                    notes += [f"  {key}: ours {view(name, mine[n]).get(key)!r}, harness {peer[n][key]!r}"
+                              for key in KINDS[kind] if key in peer[n]]
+    print("| task | items | largest difference of a log-likelihood | other choices | other strings "
+          "| other scores (F1) | ours, items/s | harness, items/s | ratio | ratio by processors' time |\n"
+          + "| --- " * 10 + "|")
     for line in lines:
         print("| " + " | ".join(map(str, line)) + " |")
     for note in notes:

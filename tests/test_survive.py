@@ -399,7 +399,7 @@ def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(straight, demo_
     run = Run(command(out, demo_data, *EIGHT)).until("saved")
     resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
     one_line_that_names(4, run.end(), out)
-    assert "File too large" in run.stderr and "the same command goes on" in run.stderr
+    assert "File too large" in run.stderr and f"the same command with --out {out} goes on" in run.stderr
     again = launch(command(out, demo_data, *EIGHT))
     assert again.returncode == 0, again.stderr
     same_run(out, straight)
