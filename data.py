@@ -1,10 +1,12 @@
 """data.py: text to tensors. Tokenizers, parallel records, the prompt, and batches in a reproducible order."""
 import base64
+import gzip
 import hashlib
 import json
 import math
 import os
 import re
+import zlib
 from array import array
 from dataclasses import dataclass
 
@@ -180,15 +182,20 @@ class Counts:
                 f"{self.long:,} whose prompt fills --max_length")
 
 
+def read_text(path: str) -> str:
+    """A file of UTF-8, or of gzipped UTF-8 if it is named so."""
+    try:
+        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
+            return file.read().decode("utf-8-sig")
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected a file of records") from None
+    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: not UTF-8 ({error})") from None
+
+
 def read_rows(path: str) -> list:
     """A JSONL file or a JSON array of objects -> [(place, object)], places are file:line or file[index]."""
-    try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            text = file.read()
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected JSONL or a JSON array of records") from None
-    except UnicodeDecodeError as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from None
+    text = read_text(path)
     if text.lstrip()[:1] == "[":
         try:
             rows = [(f"{path}[{n}]", row) for n, row in enumerate(json.loads(text))]

@@ -429,11 +429,11 @@ class Step(Stage):
 
 
 @torch.no_grad()
-def generate(model: Transformer, prompts: list, max_new_tokens: int, stop: tuple = ()) -> list:
+def generate(model: Transformer, prompts: list, max_new_tokens: int, stop=(), last=()) -> list:
     """Greedy continuations of R prompts (lists of ids), each a list of at most max_new_tokens ids.
 
-    A row ends before one of the ids in `stop` (default: the model's end tokens), or when the model's last
-    position is taken. Finished rows leave the batch.
+    A row ends before one of the ids in `stop` (default: the model's end tokens), behind one of the ids in
+    `last`, or when the model's last position is taken. Finished rows leave the batch.
     """
     c, device = model.config, model.embed_tokens.weight.device
     lengths, stop = [len(p) for p in prompts], set(stop or c.eos_ids)
@@ -450,7 +450,7 @@ def generate(model: Transformer, prompts: list, max_new_tokens: int, stop: tuple
         for slot, (r, token) in enumerate(zip(alive, new.tolist())):
             if token not in stop and len(out[r]) < max_new_tokens:
                 out[r].append(token)
-                if len(out[r]) < max_new_tokens and lengths[r] + len(out[r]) < size:
+                if token not in last and len(out[r]) < max_new_tokens and lengths[r] + len(out[r]) < size:
                     going.append(slot)
         if len(going) < len(alive):
             alive, new, pos = [alive[slot] for slot in going], new[going], pos[going]
