@@ -315,7 +315,9 @@ def pairs(tokenizer: Tokenizer, items: list, bos: bool) -> list:
 def log_likelihoods(model: Transformer, pairs: list, budget: int = 4096) -> list:
     """[[log P(choice | context), in nats, for each choice]], one pass an item: the choices are branches of
     one row, as in training. Softmax in fp32. What is longer than the model's positions is cut on the left."""
-    L, room, rows = model.config.num_layers, model.config.max_positions + 1, []
+    asked, L, room, rows = pairs, model.config.num_layers, model.config.max_positions + 1, []
+    # Equal choices of an item are computed once, so that they tie exactly.
+    pairs = [(context, list(map(list, dict.fromkeys(map(tuple, choices))))) for context, choices in asked]
     for n, (context, choices) in enumerate(pairs):
         together = len(context) + max(map(len, choices)) <= room
         for group in [range(len(choices))] if together else [[c] for c in range(len(choices))]:
@@ -348,7 +350,7 @@ def log_likelihoods(model: Transformer, pairs: list, budget: int = 4096) -> list
             logp = model.logits(x[places[a:a + 256]]).log_softmax(-1)                       # (<= 256, V)
             for (n, c), value in zip(owners[a:], logp.gather(1, targets[a:a + 256, None])[:, 0].tolist()):
                 out[n][c] += value
-    return out
+    return [[found[pairs[n][1].index(ids)] for ids in asked[n][1]] for n, found in enumerate(out)]
 
 
 def completions(model: Transformer, tokenizer: Tokenizer, prompts: list) -> list:

@@ -136,11 +136,19 @@ def processors():
 
 
 def view(name, item):
-    """The part of an item of ours that answers to the harness's task of that name: TruthfulQA has two."""
-    if name.endswith("mc1"):
-        return dict(item, score=item["score"]["mc1"])
-    if name.endswith("mc2"):
-        return dict(item, loglikelihoods=item["loglikelihoods_mc2"], score=item["score"]["mc2"], choices=None)
+    """The part of an item of ours that answers to the harness's task of that name, with one "score".
+    TruthfulQA's mc1 and mc2 stand in one item: its log-likelihoods under two keys, or in one list with gold =
+    (choices of mc1, labels of mc2)."""
+    if "text" in item:
+        return item
+    scores = item.get("score", item)                # eval.py may put the scores beside the other keys
+    part = name[-3:] if name.startswith("truthfulqa") else "acc"
+    item = dict(item, score=scores[part] if isinstance(scores, dict) else scores)
+    if part != "acc" and "loglikelihoods_mc2" not in item:
+        half = slice(item["gold"][0]) if part == "mc1" else slice(item["gold"][0], None)
+        return dict(item, choices=item["choices"][half], loglikelihoods=item["loglikelihoods"][half])
+    if part == "mc2":
+        return dict(item, choices=None, loglikelihoods=item["loglikelihoods_mc2"])
     return item
 
 

@@ -115,6 +115,12 @@ def test_choices_as_branches_score_as_choices_one_by_one(family, name):
             assert a == pytest.approx(b, abs=1e-3)
 
 
+def test_equal_choices_tie_exactly(family):
+    model, (context, a, b) = load(family("smollm2")), ([1, 5, 6], [7, 8, 9], [10])
+    found, = evaluation.log_likelihoods(model, [(context, [a, b, a, b, a])])
+    assert len(set(found)) == 2 and found[0] == found[2] == found[4] and found[1] == found[3]
+
+
 def test_likelihoods_add_up_along_a_choice(family):
     model, context, a, b = load(family("llama2")), [1, 5, 6], [7, 8], [9, 10, 11]
     (whole,), (first,), (rest,) = evaluation.log_likelihoods(model, [(context, [a + b]), (context, [a]),
