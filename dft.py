@@ -159,9 +159,9 @@ class DFT(nn.Module):
         self.model, self.method = model, method
 
     def forward(self, batch) -> dict:
-        """Batch -> {term: the sum of its losses, a scalar in fp32}; (Tokens, places) -> see lens_entropy."""
+        """Batch -> {term: the sum of its losses, a scalar in fp32}; (Tokens, places, ids) -> see lens."""
         if isinstance(batch, tuple):
-            return lens_entropy(self.model, *batch)
+            return lens(self.model, *batch)
         m, L = self.method, self.model.config.num_layers
         signals = m.signals()
         h = self.model(batch.tokens, (L, *(m.layer(term) for term in signals)))
@@ -249,16 +249,17 @@ class FusedCrossEntropy(torch.autograd.Function):
 # ------------------------------------------------------------------------------------------- which layers
 
 @torch.no_grad()
-def lens_entropy(model: Transformer, tokens: Tokens, places):
-    """Entropy, in nats, of the next-token distribution that W_out reads off every layer (the logit lens) at
-    the flat places (n,): (L + 1, n) in fp32."""
+def lens(model: Transformer, tokens: Tokens, places, ids):
+    """The logit lens: the next-token distribution that W_out reads off every layer at the flat places (n,).
+    Its entropy in nats, (L + 1, n), and the probabilities of ids (n, c), (L + 1, n, c); fp32, on the CPU."""
     h = model(tokens, tuple(range(model.config.num_layers + 1)))
-    out = torch.empty(len(h), len(places))
+    entropy, probability = torch.empty(len(h), len(places)), torch.empty(len(h), *ids.shape)
     for k in h:
-        for a in range(0, len(places), 256):
-            logp = model.logits(h[k][places[a:a + 256].to(h[k].device)]).log_softmax(-1)        # (<= 256, V)
-            out[k, a:a + 256] = -(logp.exp() * logp).sum(-1)
-    return out
+        for part in torch.arange(len(places)).split(256):
+            p = model.logits(h[k][places[part].to(h[k].device)]).softmax(-1)                    # (<= 256, V)
+            entropy[k, part] = torch.special.entr(p).sum(-1).cpu()
+            probability[k, part] = p.gather(1, ids[part].to(p.device)).cpu()
+    return entropy, probability
 
 
 def choose_layers(entropy: list):

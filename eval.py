@@ -1,23 +1,41 @@
-"""eval.py: what a model can do.
+"""eval.py: what a model can do, and what goes on inside it.
 
     python eval.py --model runs/NAME/model --prompt "法国使用什么货币？"            one answer
+    python eval.py --model runs/NAME/model                                      an answer to every line typed
     python eval.py --model runs/NAME/model --data demo/test.jsonl               exact match by language
     python eval.py --model DIR --task xcopa --lang zh --data test.zh.jsonl      a benchmark of the paper
+    torchrun --nproc_per_node 8 eval.py --suite suite.toml                      many, as the paper's tables
+    python eval.py --model BEFORE AFTER --task lens --data zh.jsonl --plot lens.png
 
 The benchmarks are read from their official files, or from JSONL with the hub's field names:
 
     xnli xcopa xstorycloze truthfulqa mmlu     by likelihood: which choice does the model find likeliest
-    xquad mlqa mkqa                            by generation: greedy, up to the end of the line
+    xquad mlqa mkqa flores                     by generation: greedy, up to the end of the line
 
 Prompts, truncation and scores are those of lm-evaluation-harness 0.4.13, its mistakes included, so that
 numbers compare (tests/agree.py shows item by item that they do); MKQA, which it lacks, is scored as its
-authors do.
+authors do, FLORES (--lang en-zh, zh-en ...) by chrF, and by BLEU where sacrebleu is installed. Three tasks
+look inside, at one model, or at two, before and after; --plot draws them where matplotlib is installed:
+
+    lens         parallel records: entropy of the logit lens by layer, its drops, i and j, the English pivot
+    align        FLORES: how near the states of a sentence and of its translation are, by layer
+    fertility    FLORES: tokens that a language costs, to English
+
+A suite is TOML, and goes on where it was stopped:
+
+    out = "runs/suite"
+    [models]
+    TFT = "runs/tft/model"
+    DFT-logits = "runs/dft/model"
+    [tasks]
+    xquad.zh = "xquad.zh.json"
+    flores.en-zh = ["zho_Hans.devtest", "eng_Latn.devtest"]
 """
 import argparse
 import collections
+import contextlib
 import csv
 import dataclasses
-import gzip
 import hashlib
 import io
 import json
@@ -26,17 +44,24 @@ import os
 import re
 import string
 import sys
+import tomllib
 import unicodedata
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import KEYS, Tokenizer, need, prompt_text, read_rows, read_text
-from model import InputError, Tokens, Transformer, generate, load, read_json, write_json
+from data import KEYS, Tokenizer, make_records, need, prompt_text, read_rows, read_text
+from dft import choose_layers, lens, pool
+from model import (Config, InputError, Tokens, Transformer, decode, generate, load, read_json,
+                   write_json)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SPEC = "lm-evaluation-harness 0.4.13"
 NEW_TOKENS = 256                # of a generated answer, at most
+CACHED = 2 ** 15                # tokens whose keys and values are held while texts are continued
+RANK, WORLD = (int(os.environ.get(key, n)) for key, n in (("RANK", 0), ("WORLD_SIZE", 1)))      # torchrun's
+say = print if RANK == 0 else lambda *_: None
 
 
 # ------------------------------------------------------------------------------------------- the tasks
@@ -143,6 +168,15 @@ def mkqa(row, lang):
     return Item(f"Question: {row['queries'][lang]}\nAnswer:", [], accepted)
 
 
+NAMES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
+CODES = {"eng_Latn": "en", "zho_Hans": "zh", "vie_Latn": "vi", "arb_Arab": "ar"}            # FLORES' own
+
+
+def flores(row, lang):
+    source, target = lang.split("-")
+    return Item(f"{NAMES[source]} sentence: {row[source]}\n{NAMES[target]} sentence:", [], [row[target]])
+
+
 # ------------------------------------------------------------------------------------------- the scores
 
 def accuracy(item, scores, lang):
@@ -203,29 +237,97 @@ def mkqa_match(item, text, lang):
     return {"em_all": exact, "f1_all": f1, "f1_answerable": f1 if any(item.gold) else None}
 
 
-# task: (its item, its score, published number of items, languages)
+def ngrams(text: str, gold: str) -> list:
+    """[(n-grams of text, of gold, in both)] for n = 1..6, of characters without spaces; sacrebleu counts none
+    of the text where gold has none."""
+    out, sides = [], ["".join(side.split()) for side in (text, gold)]
+    for n in range(1, 7):
+        a, b = (collections.Counter(t[k:k + n] for k in range(len(t) - n + 1)) for t in sides)
+        out.append((a.total() if b else 0, b.total(), (a & b).total()))
+    return out
+
+
+def chrf(counts: list) -> float:
+    """chrF2 of ngrams(), 0..1: recall counts four times as much as precision, both are means over n."""
+    orders = [(both / a, both / b) for a, b, both in counts if a and b]
+    precision, recall = (sum(v) / len(orders) for v in zip(*orders)) if orders else (0, 0)
+    return 5 * precision * recall / (4 * precision + recall) if recall else 0.0
+
+
+def translated(item, text, lang):
+    return {"chrf_of_sentences": chrf(ngrams(text, item.gold[0]))}
+
+
+def translation(lines: list, lang: str) -> dict:
+    """Scores of a corpus, as sacrebleu defines them: chrF's counts are summed before they are divided."""
+    texts, golds = [line["text"].strip() for line in lines], [line["gold"][0] for line in lines]
+    counts = [[sum(n) for n in zip(*order)] for order in zip(*map(ngrams, texts, golds))]
+    scores = dict(chrf=dict(mean=chrf(counts), n=len(lines)), **summary(lines))
+    try:
+        import sacrebleu
+    except ImportError:
+        say("note      no BLEU: sacrebleu is not installed")
+        return scores
+    words = "zh" if lang.endswith("zh") else "13a"
+    bleu = sacrebleu.corpus_bleu(texts, [golds], tokenize=words).score / 100
+    return dict(**scores, bleu=dict(mean=bleu, n=len(lines), tokenizer=words))
+
+
+# task: (its item, its score, its split, how many items were published in each language)
 TASKS = {
-    "xnli": (xnli, accuracy, dict.fromkeys(("en", "zh", "vi", "ar"), 2490)),
-    "xcopa": (xcopa, accuracy, dict.fromkeys(("zh", "vi"), 500)),
-    "xstorycloze": (xstorycloze, accuracy, dict.fromkeys(("en", "zh", "ar"), 1511)),
-    "truthfulqa": (truthfulqa, truth, dict.fromkeys(("en", "zh", "vi", "ar"), 817)),
-    "mmlu": (mmlu, accuracy, {"en": 14042, "zh": None, "vi": None, "ar": None}),
-    "xquad": (xquad, squad_match, dict.fromkeys(("en", "zh", "vi", "ar"), 1190)),
-    "mlqa": (mlqa, mlqa_match, {"en": 11590, "zh": 5137, "vi": 5495, "ar": 5335}),
-    "mkqa": (mkqa, mkqa_match, dict.fromkeys(("en", "zh", "vi", "ar"), 10000)),
+    "xnli": (xnli, accuracy, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 2490)),
+    "xcopa": (xcopa, accuracy, "test", dict.fromkeys(("zh", "vi"), 500)),
+    "xstorycloze": (xstorycloze, accuracy, "eval", dict.fromkeys(("en", "zh", "ar"), 1511)),
+    "truthfulqa": (truthfulqa, truth, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 817)),
+    "mmlu": (mmlu, accuracy, "test", {"en": 14042, "zh": None, "vi": None, "ar": None}),
+    "xquad": (xquad, squad_match, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 1190)),
+    "mlqa": (mlqa, mlqa_match, "test", {"en": 11590, "zh": 5137, "vi": 5495, "ar": 5335}),
+    "mkqa": (mkqa, mkqa_match, "whole", dict.fromkeys(("en", "zh", "vi", "ar"), 10000)),
+    "flores": (flores, translated, "devtest", dict.fromkeys(
+        [f"{a}-{b}" for a in NAMES for b in NAMES if a != b and "en" in (a, b)], 1012)),
+}
+# The tasks whose answers are generated, and what becomes of an answer before it is compared.
+WRITTEN = {"xquad": "SQuAD's English rules", "mlqa": "MLQA's official", "mkqa": "MKQA's official",
+           "flores": "none"}
+# The score of each task that a suite's tables show, and what the paper has there for LLaMA-2-7B.
+TABLES = {"Table 1: generation": dict(xquad="f1", mlqa="f1", truthfulqa="mc1", mkqa="f1_all"),
+          "Table 2: understanding": dict.fromkeys(("xnli", "xcopa", "xstorycloze", "mmlu"), "acc"),
+          "Translation": dict(flores="chrf")}
+PAPER = {
+    "SFT": dict(
+        xnli=dict(vi=36.59, ar=35.38, zh=36.39), xcopa=dict(vi=63.00, zh=65.00),
+        xstorycloze=dict(ar=49.70, zh=59.56), mmlu=dict(vi=29.37, ar=27.60, zh=30.49)),
+    "TFT": dict(
+        xquad=dict(vi=27.36, ar=21.23, zh=23.41), mlqa=dict(vi=28.80, ar=21.62, zh=23.86),
+        truthfulqa=dict(vi=28.54, ar=27.04, zh=26.40), mkqa=dict(vi=38.59, ar=35.02, zh=40.70),
+        xnli=dict(vi=44.14, ar=33.73, zh=36.87), xcopa=dict(vi=66.00, zh=65.00),
+        xstorycloze=dict(ar=57.51, zh=64.06), mmlu=dict(vi=33.23, ar=28.05, zh=32.34)),
+    "DFT-logits": dict(
+        xquad=dict(vi=29.65, ar=27.57, zh=24.77), mlqa=dict(vi=31.54, ar=28.26, zh=25.68),
+        truthfulqa=dict(vi=28.64, ar=28.81, zh=28.93), mkqa=dict(vi=39.64, ar=35.84, zh=40.87),
+        xnli=dict(vi=43.37, ar=34.06, zh=36.94), xcopa=dict(vi=66.20, zh=66.40),
+        xstorycloze=dict(ar=58.78, zh=64.93), mmlu=dict(vi=32.60, ar=29.06, zh=33.19)),
+    "DFT-feature": dict(
+        xquad=dict(vi=28.27, ar=26.35, zh=24.34), mlqa=dict(vi=32.19, ar=29.51, zh=25.29),
+        truthfulqa=dict(vi=30.45, ar=28.98, zh=27.79),
+        xnli=dict(vi=43.50, ar=34.38, zh=37.64), xcopa=dict(vi=66.60, zh=68.60),
+        xstorycloze=dict(ar=58.78, zh=64.40), mmlu=dict(vi=32.19, ar=28.86, zh=32.82)),
 }
 
 
 # ------------------------------------------------------------------------------------------- their files
 
-def read_task(path: str, task: str, lang: str) -> list:
-    """The Items of an official file, of JSONL with the hub's field names, or of a folder of such files."""
-    files = [path]
-    if os.path.isdir(path):
-        files = [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith(".")]
-    items = []
-    for file in files:
-        for place, row in read_table(file) if re.search(r"\.[ct]sv(\.gz)?$", file) else read_json_rows(file):
+def read_task(data: list, task: str, lang: str) -> list:
+    """The Items of an official file, of JSONL with the hub's field names, or of a folder of such files; of
+    flores see read_sentences."""
+    path, items = data[0], []
+    for file in [path] if task == "flores" else files_of(path):
+        if task == "flores":
+            texts = read_sentences(data, lang.replace("en", "").strip("-"))
+            rows = [(f"{path}:{n}", dict(zip(texts, row))) for n, row in enumerate(zip(*texts.values()), 1)]
+        else:
+            rows = read_table(file) if re.search(r"\.[ct]sv(\.gz)?$", file) else read_json_rows(file)
+        for place, row in rows:
             row = {FIELDS.get(key, key): value for key, value in row.items()}
             if row.get("language", lang) != lang:           # the original XNLI has all languages in one file
                 continue
@@ -243,6 +345,33 @@ def read_task(path: str, task: str, lang: str) -> list:
     if not items:
         raise InputError(f"{path}: no item of {task} in {lang} in it")
     return items
+
+
+def files_of(path: str) -> list:
+    """The files of a folder, or the one file that path is."""
+    if not os.path.isdir(path):
+        return [path]
+    names = [os.path.join(path, name) for name in sorted(os.listdir(path)) if not name.startswith(".")]
+    return [name for name in names if os.path.isfile(name)]
+
+
+def read_sentences(data: list, lang: str) -> dict:
+    """{language: [sentence]}, parallel ones: of a folder of FLORES' files (zho_Hans.devtest ...), of one in
+    `lang` and an English one, or of JSONL with the hub's sentence_zho_Hans ..."""
+    if len(data) == 1 and not os.path.isdir(data[0]):
+        rows = read_rows(data[0])
+        out = {key[9:]: [need(place, row, key) for place, row in rows]
+               for key in rows[0][1] if key.startswith("sentence_")}
+    else:
+        files = {lang: data[0], "en": data[1]} if len(data) == 2 else {
+            os.path.basename(file).split(".")[0]: file for file in files_of(data[0])}
+        out = {code: read_text(file).rstrip("\n").split("\n") for code, file in files.items()}
+    if not out or len({len(texts) for texts in out.values()}) > 1:
+        found = ", ".join(f"{code} {len(texts):,}" for code, texts in out.items()) or "none"
+        raise InputError(f"{' '.join(data)}: expected equally many sentences in several languages, found "
+                         f"{found}; give a folder of one split of FLORES, --data FILE --data_en FILE, or "
+                         "JSONL with sentence_zho_Hans ...")
+    return {CODES.get(code, code): texts for code, texts in out.items()}
 
 
 # What official files call the fields that the hub has other names for.
@@ -313,59 +442,73 @@ def pairs(tokenizer: Tokenizer, items: list, bos: bool) -> list:
 
 @torch.no_grad()
 def log_likelihoods(model: Transformer, pairs: list, budget: int = 4096) -> list:
-    """[[log P(choice | context), in nats, for each choice]], one pass an item: the choices are branches of
-    one row, as in training. Softmax in fp32. What is longer than the model's positions is cut on the left."""
+    """[[log P(choice | context), in nats, for each choice]], one pass an item: the context and what all
+    choices begin with is the trunk of a row, the rest of them its branches, as in training. Softmax in fp32.
+    What is longer than the model's positions is cut on the left."""
     asked, L, room, rows = pairs, model.config.num_layers, model.config.max_positions + 1, []
     # Equal choices of an item are computed once, so that they tie exactly.
     pairs = [(context, list(map(list, dict.fromkeys(map(tuple, choices))))) for context, choices in asked]
     for n, (context, choices) in enumerate(pairs):
         together = len(context) + max(map(len, choices)) <= room
         for group in [range(len(choices))] if together else [[c] for c in range(len(choices))]:
-            longest = max(len(choices[c]) for c in group)
-            rows.append((n, context[-max(1, room - longest):], group))
-    tell_cut(len({n for n, context, _ in rows if len(context) < len(pairs[n][0])}), len(pairs))
+            kept = context[-max(1, room - max(len(choices[c]) for c in group)):]
+            rows.append((n, kept, os.path.commonprefix([choices[c][:-1] for c in group]), group))
+    tell_cut(len({n for n, kept, _, _ in rows if len(kept) < len(pairs[n][0])}), len(pairs))
     out = [[0.0] * len(choices) for _, choices in pairs]
 
     def size(row):
-        return len(row[1]) + sum(len(pairs[row[0]][1][c]) for c in row[2])
+        n, context, begin, group = row
+        return len(context) + len(begin) + sum(len(pairs[n][1][c]) - len(begin) for c in group)
     rows.sort(key=size, reverse=True)
     batches = [[]]
     for row in rows:
         if batches[-1] and sum(map(size, batches[-1])) + size(row) > budget:
             batches.append([])
         batches[-1].append(row)
-    for batch in tqdm(batches, desc="scoring", unit="batch", leave=False):
-        tokens = Tokens([[(context, L), *((pairs[n][1][c][:-1], L) for c in group)]
-                         for n, context, group in batch])
-        places, targets, owners = [], [], []
-        for (n, context, group), starts in zip(batch, tokens.starts):
+    for batch in tqdm(batches, desc="scoring", unit="batch", leave=False, disable=RANK):
+        tokens = Tokens([[(context + begin, L), *((pairs[n][1][c][len(begin):-1], L) for c in group)]
+                         for n, context, begin, group in batch])
+        places, targets, owners = [], [], []            # where, what is predicted, for which choices
+        for (n, context, begin, group), starts in zip(batch, tokens.starts):
+            end = starts[0] + len(context) + len(begin) - 1
+            places += range(end - len(begin), end)
+            targets += begin
+            owners += [(n, group)] * len(begin)
             for c, start in zip(group, starts[1:]):
-                ids = pairs[n][1][c]
-                places += [starts[0] + len(context) - 1, *range(start, start + len(ids) - 1)]
+                ids = pairs[n][1][c][len(begin):]
+                places += [end, *range(start, start + len(ids) - 1)]
                 targets += ids
-                owners += [(n, c)] * len(ids)
+                owners += [(n, [c])] * len(ids)
         x = model(tokens, (L,))[L]
         places, targets = (torch.tensor(t, device=x.device) for t in (places, targets))
         for a in range(0, len(owners), 256):
             logp = model.logits(x[places[a:a + 256]]).log_softmax(-1)                       # (<= 256, V)
-            for (n, c), value in zip(owners[a:], logp.gather(1, targets[a:a + 256, None])[:, 0].tolist()):
-                out[n][c] += value
+            for (n, group), value in zip(owners[a:], logp.gather(1, targets[a:a + 256, None])[:, 0].tolist()):
+                for c in group:
+                    out[n][c] += value
     return [[found[pairs[n][1].index(ids)] for ids in asked[n][1]] for n, found in enumerate(out)]
 
 
-def completions(model: Transformer, tokenizer: Tokenizer, prompts: list) -> list:
-    """Greedy continuations of prompts (lists of ids), as text up to the end of the line."""
-    new = min(NEW_TOKENS, model.config.max_positions // 2)
+def complete(model: Transformer, tokenizer: Tokenizer, texts: list, bos=True, new=NEW_TOKENS, line=False):
+    """Greedy continuations of texts, as text: at most `new` tokens, and with `line` up to the line's end. A
+    text that leaves no room for so many loses its beginning. Texts that begin alike come together, for
+    decode() to read what they share once."""
+    new = min(new, model.config.max_positions // 2)
     room = model.config.max_positions - new
+    prompts = [[tokenizer.bos_id] * bos + ids for ids in tokenizer.encode(texts)]
     tell_cut(sum(len(prompt) > room for prompt in prompts), len(prompts))
-    line_ends = {n for n in range(tokenizer.size) if "\n" in tokenizer.decode([n])}
-    order, out = sorted(range(len(prompts)), key=lambda n: len(prompts[n])), [""] * len(prompts)
-    for a in tqdm(range(0, len(order), 16), desc="answering", unit="batch", leave=False):
-        batch = order[a:a + 16]
-        answers = generate(model, [prompts[n][-room:] for n in batch], new, last=line_ends)
-        for n, ids in zip(batch, answers):
-            out[n] = tokenizer.decode(ids).split("\n")[0]
-    return out
+    prompts = [prompt[-room:] for prompt in prompts]
+    last = {n for n in range(tokenizer.size) if "\n" in tokenizer.decode([n])} if line else ()
+    batches = [[]]
+    for n in sorted(range(len(prompts)), key=prompts.__getitem__):
+        if (len(batches[-1]) + 1) * (max(len(prompts[m]) for m in [*batches[-1], n]) + new) > CACHED:
+            batches.append([])
+        batches[-1].append(n)
+    out = [""] * len(prompts)
+    for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=len(batches) < 2 or RANK):
+        for n, ids in zip(batch, generate(model, [prompts[n] for n in batch], new, last=last)):
+            out[n] = tokenizer.decode(ids)
+    return [text.split("\n")[0] for text in out] if line else out
 
 
 def tell_cut(cut: int, n: int) -> None:
@@ -375,19 +518,71 @@ def tell_cut(cut: int, n: int) -> None:
                    "are cut")
 
 
-def run_task(model: Transformer, items: list, task: str, lang: str, bos: bool, template: bool) -> list:
+# ------------------------------------------------------------------------------------------- benchmarks
+
+def setting(a, folder: str, task: str, lang: str, data: list) -> dict:
+    """What a score depends on, of one task in one language on one model: results.json without the scores."""
+    bos = adds_bos(folder) if a.bos == "auto" else a.bos == "always"
+    if Config.read(folder).gemma and not bos:
+        raise InputError("--bos never: Gemma learnt with BOS before every text and breaks down without")
+    if lang not in TASKS[task][3]:
+        raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task][3])}")
+    alpaca = task in WRITTEN and uses_alpaca(a, folder)
+    files = [file for path in data for file in files_of(path)]
+    return dict(task=task, lang=lang, data=data, data_sha256=digest(files), limit=a.limit, model=folder,
+                model_sha256=digest([file for file in files_of(folder) if file.endswith("config.json")
+                                     or file.endswith(".safetensors")]),
+                bos=bos, dtype=a.dtype, shots=0, template="alpaca" if alpaca else "none",
+                normaliser=WRITTEN.get(task), spec=SPEC)
+
+
+def uses_alpaca(a, folder: str) -> bool:
+    """Whether questions stand in the Alpaca template: by default, to the models that train.py made."""
+    tuned = os.path.exists(os.path.join(os.path.dirname(os.path.normpath(folder)), "settings.json"))
+    return a.template == "alpaca" or a.template is None and tuned
+
+
+def digest(files: list) -> str:
+    """SHA-256 of what is in files."""
+    whole = hashlib.sha256()
+    for path in files:
+        with open(path, "rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def benchmark(model: Transformer, s: dict, items_path: str | None) -> dict:
+    """What setting() describes, run: it and the scores. Each of torchrun's ranks takes every WORLD-th item.
+    """
+    items, (_, _, split, counts) = read_task(s["data"], s["task"], s["lang"]), TASKS[s["task"]]
+    published = counts[s["lang"]]
+    if published != len(items):
+        say(f"note      {s['data'][0]} has {len(items):,} items; the {split} split of {s['task']} in "
+            f"{s['lang']} has {published or 'a number that we do not know'}")
+        split = "unknown"
+    mine = run_task(model, items[:s["limit"]][RANK::WORLD], s)
+    parts = [mine] * WORLD
+    if WORLD > 1:
+        torch.distributed.all_gather_object(parts, mine)
+    lines = [part[n] for n in range(len(parts[0])) for part in parts if n < len(part)]
+    if items_path and not RANK:
+        with open(items_path, "w", encoding="utf-8") as file:
+            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    scores = translation(lines, s["lang"]) if s["task"] == "flores" else summary(lines)
+    return dict(**s, split=split, items_in_file=len(items), published_items=published, scores=scores)
+
+
+def run_task(model: Transformer, items: list, s: dict) -> list:
     """[{prompt, what the model made of it, gold, the scores}] of each item."""
-    tokenizer, score = Tokenizer(model.config), TASKS[task][1]
-    lines = []
-    if items[0].choices:
-        for item, found in zip(items, log_likelihoods(model, pairs(tokenizer, items, bos))):
+    tokenizer, score, lines = Tokenizer(model.config), TASKS[s["task"]][1], []
+    if s["task"] not in WRITTEN:
+        for item, found in zip(items, log_likelihoods(model, pairs(tokenizer, items, s["bos"]))):
             lines.append(dict(prompt=item.context, choices=item.choices, loglikelihoods=found, gold=item.gold,
-                              **score(item, found, lang)))
+                              **score(item, found, s["lang"])))
         return lines
-    texts = [prompt_text(item.context, "") if template else item.context for item in items]
-    prompts = [[tokenizer.bos_id] * bos + ids for ids in tokenizer.encode(texts)]
-    for item, prompt, text in zip(items, texts, completions(model, tokenizer, prompts)):
-        lines.append(dict(prompt=prompt, text=text, gold=item.gold, **score(item, text, lang)))
+    texts = [prompt_text(i.context, "") if s["template"] == "alpaca" else i.context for i in items]
+    for item, prompt, text in zip(items, texts, complete(model, tokenizer, texts, s["bos"], line=True)):
+        lines.append(dict(prompt=prompt, text=text, gold=item.gold, **score(item, text, s["lang"])))
     return lines
 
 
@@ -403,57 +598,267 @@ def summary(lines: list) -> dict:
     return out
 
 
-def benchmark(a) -> None:
-    """One task in one language: a table, and the files of --out and --items."""
-    languages = TASKS[a.task][2]
-    if a.lang not in languages:
-        raise InputError(f"--lang {a.lang}: {a.task} has {', '.join(languages)}")
-    items, published = read_task(a.data, a.task, a.lang), languages[a.lang]
-    if published and len(items) != published:
-        print(f"note      {a.data} has {len(items):,} items; {a.task} was published with {published:,}")
-    model = load(a.model, DTYPES[a.dtype], pick_device(a.device))
-    bos = adds_bos(a.model) if a.bos == "auto" else a.bos == "always"
-    if model.config.gemma and not bos:
-        raise InputError("--bos never: Gemma learnt with BOS before every text and breaks down without")
-    tuned = os.path.exists(os.path.join(os.path.dirname(os.path.normpath(a.model)), "settings.json"))
-    template = not items[0].choices and (a.template == "alpaca" or a.template is None and tuned)
-    lines = run_task(model, items[:a.limit], a.task, a.lang, bos, template)
-    scores = summary(lines)
-    result = dict(task=a.task, lang=a.lang, scores=scores, items_in_file=len(items), limit=a.limit,
-                  published_items=published, data=a.data, model=a.model, model_sha256=folder_digest(a.model),
-                  bos=bos, dtype=a.dtype, shots=0, template="alpaca" if template else "none", spec=SPEC)
-    print(f"| task | language | items | {' | '.join(scores)} |\n|{' --- |' * (3 + len(scores))}")
-    print(f"| {a.task} | {a.lang} | {len(lines):,} | "
-          + " | ".join(f"{100 * s['mean']:.2f} ± {100 * s['stderr']:.2f}" for s in scores.values()) + " |")
+def suite(a) -> None:
+    """Every task of a TOML file on every model of it, and the paper's tables of them."""
+    try:
+        spec = tomllib.loads(read_text(a.suite))
+        asked = [(task, lang, [data] if isinstance(data, str) else list(data))
+                 for task, files in spec["tasks"].items() for lang, data in files.items()]
+        models, out = dict(spec["models"]), str(spec["out"])
+        if not asked or not models or not {task for task, _, _ in asked} <= TASKS.keys():
+            raise ValueError(f"tasks {', '.join(spec['tasks'])}; known: {', '.join(TASKS)}")
+    except (tomllib.TOMLDecodeError, KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{a.suite}: {error}; expected out = \"FOLDER\", [models] with TITLE = \"FOLDER\" "
+                         "and [tasks] with TASK.LANGUAGE = \"FILE\"") from None
+    os.makedirs(out, exist_ok=True)
+    found = {}
+    for title, folder in models.items():
+        model = None
+        for task, lang, data in asked:
+            path = os.path.join(out, re.sub(r"[^\w-]+", "_", f"{title} {task} {lang}"))
+            s = setting(a, folder, task, lang, data)
+            result = read_json(path + ".json") if os.path.exists(path + ".json") else {}
+            kept = all(result.get(key) == value for key, value in s.items())
+            if not kept:
+                model = model or load(folder, DTYPES[a.dtype], pick_device(a.device))
+                result = benchmark(model, s, path + ".items.jsonl")
+                if not RANK:
+                    write_json(result, path + ".json")
+            found[title, task, lang] = result["scores"]
+            say(f"{'kept     ' if kept else 'measured '} {path}.json")
+    for name, metrics in TABLES.items():
+        columns = [(task, lang) for task, lang, _ in asked if task in metrics]
+        if columns:
+            rows = [[title, *(f"{100 * found[title, t, g][metrics[t]]['mean']:.2f}" for t, g in columns)]
+                    for title in models]
+            for arm, numbers in PAPER.items() if any(map(is_llama2_7b, models.values())) else ():
+                cells = [numbers.get(t, {}).get(g, "") for t, g in columns]
+                rows += [[f"{arm}, the paper", *cells]] if any(cells) else []
+            say(f"\n{name}\n\n" + table(["", *(f"{t} {g}, {metrics[t]}" for t, g in columns)], rows))
+    say(f"\nThe parts lie in {out}; the same command takes up what is there.")
+
+
+def is_llama2_7b(folder: str) -> bool:
+    """Whether a model has the shapes of LLaMA-2-7B, whose numbers in the paper we know."""
+    c = Config.read(folder)
+    return (c.model_type, c.hidden_size, c.num_layers, c.vocab_size) == ("llama", 4096, 32, 32000)
+
+
+def table(head: list, rows: list) -> str:
+    """A table in Markdown."""
+    return "\n".join("| " + " | ".join(map(str, row)) + " |" for row in (head, ["---"] * len(head), *rows))
+
+
+# ------------------------------------------------------------------------------------------- looking inside
+
+def lens_of(folder: str, a) -> dict:
+    """What the logit lens shows of a model, L + 1 numbers each: the mean entropy, in nats, over the queries'
+    tokens in the target language and in English; where the target-language prompt ends, the mean probability
+    of the first token of the English answer and of the target-language one, where they differ (the English
+    pivot of Wendler et al. 2024); and "map", the entropies of the first query, (L + 1, tokens)."""
+    model = load(folder, DTYPES[a.dtype], pick_device(a.device))
+    rows = [(place, row) for place, row in read_rows(a.data)
+            if row.get("lang", a.lang) == (a.lang or row.get("lang")) and "output_en" in row]
+    if not rows:
+        raise InputError(f"{a.data}: no record with instruction_en, input_en and output_en"
+                         + (f" and lang {a.lang}" if a.lang else ""))
+    rows, found = rows[:a.limit or 64], dict(model=folder)
+    for side, name in (("both", "entropy"), ("english", "entropy_en")):
+        records, counts = make_records(rows, Tokenizer(model.config), side, 512)
+        entropies, pivots = [], []
+        for r in tqdm(records, desc=name, unit="prompt", leave=False):
+            first = [r.answer[0], (r.answer_en or r.answer)[0]]
+            places = torch.tensor([*range(*r.query), len(r.prompt) - 1])
+            e, p = lens(model, Tokens.plain([r.prompt], model.config.num_layers), places,
+                        torch.tensor([first]).expand(len(places), 2))
+            entropies.append(e[:, :-1])
+            pivots += [p[:, -1]] if first[0] != first[1] else []            # (L + 1, 2)
+        found[name] = torch.cat(entropies, 1).mean(1).tolist()
+        if side == "both":
+            found |= dict(prompts=len(records), pivots=len(pivots), map=entropies[0].tolist())
+            both = torch.stack(pivots).mean(0) if pivots else torch.full((len(e), 2), math.nan)
+            found |= dict(p_target=both[:, 0].tolist(), p_english=both[:, 1].tolist())
+    found["i"], found["j"], found["why"] = choose_layers(found["entropy"])
+    return found
+
+
+def lens_task(a) -> None:
+    """--task lens: numbers by layer, and a picture of one model or two."""
+    found = [lens_of(folder, a) for folder in a.model]
+    for f in found:
+        print(f"{f['model']}: {f['prompts']} prompts; the answers' first tokens differ in {f['pivots']}\n")
+        by_layer({"entropy": f["entropy"], "entropy, English prompts": f["entropy_en"],
+                  "P(English answer)": f["p_english"], "P(target answer)": f["p_target"]})
+        print(f"i = {f['i']}, j = {f['j']} of {len(f['entropy']) - 1} layers, as {f['why']}\n")
+    with picture(a, found) as axes:
+        top = max(max(map(max, f["map"])) for f in found)
+        for f, (left, middle, right) in zip(found, axes):
+            curves(left, "entropy of the lens", "entropy, nats",
+                   {"target language": f["entropy"], "English": f["entropy_en"]})
+            for key in "ij":
+                left.axvline(f[key], color="grey", lw=0.8)
+                left.text(f[key], left.get_ylim()[1], key, ha="center", va="bottom")
+            image = middle.imshow(f["map"], aspect="auto", origin="lower", cmap="cividis", vmin=0, vmax=top)
+            middle.figure.colorbar(image, ax=middle, label="entropy, nats")
+            middle.set(xlabel="token of one query", ylabel="layer", title="entropy of one query\n")
+            curves(right, "the answer's first token", "probability",
+                   {"target language": f["p_target"], "English": f["p_english"]})
+
+
+def by_layer(columns: dict) -> None:
+    """Print a table of columns of L + 1 numbers."""
+    print(table(["layer", *columns], [[k, *(f"{v:.3f}" for v in values)]
+                                      for k, values in enumerate(zip(*columns.values()))]) + "\n")
+
+
+@contextlib.contextmanager
+def picture(a, found: list):
+    """Write --out; with --plot, a grid to draw in, three places for each model, that becomes the picture."""
     if a.out:
-        write_json(result, a.out)
-    if a.items:
-        with open(a.items, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        write_json(found, a.out)
+        print(f"The numbers are in {a.out}")
+    if not a.plot:
+        yield []
+        return
+    try:
+        import matplotlib
+    except ImportError:
+        raise InputError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+    whole = pyplot.figure(figsize=(13.5, 4 * len(found)), dpi=72, layout="constrained")
+    grid = []
+    for f, part in zip(found, whole.subfigures(len(found), 1, squeeze=False)[:, 0]):
+        part.suptitle(re.sub(r"/model$", "", os.path.normpath(f["model"])).split("/")[-1])
+        grid.append(part.subplots(1, 3))
+    yield grid
+    whole.savefig(a.plot)
+    print(f"The picture is {a.plot}")
 
 
-def folder_digest(folder: str) -> str:
-    """SHA-256 of what makes a model: config.json and the weights."""
-    digest = hashlib.sha256()
-    for name in sorted(os.listdir(folder)):
-        if name == "config.json" or name.endswith(".safetensors"):
-            with open(os.path.join(folder, name), "rb") as file:
-                digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
+def curves(axis, title: str, label: str, values: dict) -> None:
+    """Two curves over the layers; told apart by colour, by mark and by line."""
+    for (name, numbers), style in zip(values.items(), STYLES):
+        axis.plot(numbers, label=name, ms=3, **style)
+    axis.set(xlabel="layer", ylabel=label, title=title + "\n")
+    axis.legend()
+
+
+STYLES = dict(color="#D55E00", marker="o"), dict(color="#0072B2", marker="x", ls="--")
+
+
+@torch.no_grad()
+def vectors(model: Transformer, sentences: list):
+    """Sentences -> (L + 1, n, D) fp32: after each layer, the mean over a sentence's tokens, but without BOS,
+    whose state is many times longer than the others."""
+    tokenizer, L, out = Tokenizer(model.config), model.config.num_layers, []
+    texts = [ids[:model.config.max_positions - 1] for ids in tokenizer.encode(sentences)]
+    for a in tqdm(range(0, len(texts), 16), desc="reading", unit="batch", leave=False):
+        tokens = Tokens.plain([[tokenizer.bos_id] + ids for ids in texts[a:a + 16]], L)
+        inner = tokens.pos > 0
+        h = model(tokens, tuple(range(L + 1)))
+        out.append(torch.stack([pool(h[k], inner.nonzero()[:, 0], tokens.row[inner]).cpu() for k in h]))
+    return torch.cat(out, 1)
+
+
+def align_task(a) -> None:
+    """--task align: how near the states of a sentence and of its translation are, by layer."""
+    sentences = read_sentences(a.data, a.lang or "target")
+    lang = a.lang or next(iter(sorted(sentences.keys() - {"en"})), None)
+    if not {"en", lang} <= sentences.keys():
+        raise InputError(f"--task align needs {lang} and en; {' '.join(a.data)} has {', '.join(sentences)}")
+    found, flat = [], []
+    for folder in a.model:
+        model = load(folder, DTYPES[a.dtype], pick_device(a.device))
+        both = [vectors(model, sentences[side][:a.limit]) for side in (lang, "en")]
+        cos = F.normalize(both[0], dim=-1) @ F.normalize(both[1], dim=-1).transpose(1, 2)      # (L + 1, n, n)
+        n, place = cos.shape[1], torch.arange(cos.shape[1])
+        true = cos.diagonal(dim1=1, dim2=2).mean(1)
+        random = (cos.sum((1, 2)) - n * true) / max(1, n * n - n)
+        found.append(dict(model=folder, sentences=n, true=true.tolist(), random=random.tolist(),
+                          to_english=(cos.argmax(2) == place).float().mean(1).tolist(),
+                          from_english=(cos.argmax(1) == place).float().mean(1).tolist()))
+        layer = a.layer if a.layer is not None else max(1, round(15 / 32 * model.config.num_layers))
+        if layer >= len(cos):
+            raise InputError(f"--layer {layer}: {folder} has layers 0 to {len(cos) - 1}")
+        flat.append(torch.cat([v[layer] for v in both]))                                        # (2n, D)
+        print(f"{folder}: {n} sentences in {lang} and English\n")
+        by_layer({"cosine of translations": found[-1]["true"], "of other pairs": found[-1]["random"],
+                  f"{lang} finds English": found[-1]["to_english"],
+                  f"English finds {lang}": found[-1]["from_english"]})
+    with picture(a, found) as axes:
+        for f, x, (left, middle, right) in zip(found, flat, axes):
+            spots, method = project(x)
+            for part, name, style in zip((spots[:n], spots[n:]), (lang, "English"), STYLES):
+                left.plot(*part.T, label=name, ms=3, **style | dict(ls=""))
+            left.set(xlabel=f"{method} 1", ylabel=f"{method} 2", title=f"sentences, layer {layer}\n")
+            left.legend()
+            curves(middle, "nearness", "cosine", {"translations": f["true"], "other pairs": f["random"]})
+            curves(right, "retrieval", "share of sentences that find their translation",
+                   {f"{lang} finds English": f["to_english"], f"English finds {lang}": f["from_english"]})
+
+
+def project(x):
+    """(m, D) -> (m, 2) and the method: t-SNE where scikit-learn is installed, as in the paper, else PCA."""
+    try:
+        from sklearn.manifold import TSNE
+        return TSNE(perplexity=min(30, len(x) / 4), random_state=0).fit_transform(x.numpy()), "t-SNE"
+    except ImportError:
+        x = x - x.mean(0)
+        return x @ torch.linalg.svd(x, full_matrices=False)[2][:2].T, "PCA"
+
+
+def fertility_task(a) -> None:
+    """--task fertility: what a language costs in tokens."""
+    tokenizer, rows = Tokenizer(Config.read(a.model[0])), []
+    sentences = read_sentences(a.data, a.lang or "target")
+    if "en" not in sentences:
+        raise InputError(f"{' '.join(a.data)}: no English in it; found {', '.join(sentences)}")
+    counts = {lang: sum(map(len, tokenizer.encode(texts[:a.limit]))) for lang, texts in sentences.items()}
+    for lang, texts in sentences.items():
+        texts, letters = texts[:a.limit], sum(map(len, texts[:a.limit]))
+        rows.append([lang, len(texts), f"{counts[lang] / len(texts):.1f}", f"{counts[lang] / letters:.3f}",
+                     f"{counts[lang] / counts['en']:.2f} x"])
+    print(table(["language", "sentences", "tokens a sentence", "tokens a character", "tokens to English"],
+                rows))
+    if a.out:
+        write_json([dict(zip(("language", "sentences", "per_sentence", "per_character", "to_english"), row))
+                    for row in rows], a.out)
+
+
+LOOKS = {"lens": lens_task, "align": align_task, "fertility": fertility_task}
 
 
 # ------------------------------------------------------------------------------------------- answers
 
+def talk(a) -> None:
+    """Answer --prompt, or every line of the terminal, letter by letter."""
+    folder, = a.model
+    model, alpaca = load(folder, DTYPES[a.dtype], pick_device(a.device)), uses_alpaca(a, folder)
+    tokenizer = Tokenizer(model.config)
+    print(folder, "answers, in the Alpaca template" if alpaca else "goes on with the text as it is",
+          "" if a.prompt else "(one prompt a line, ^D ends)", file=sys.stderr)
+    while True:
+        try:
+            text = a.prompt if a.prompt is not None else input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+        ids, said, shown = tokenizer.encode([prompt_text(text, "") if alpaca else text])[0], [], ""
+        for step in decode(model, [[tokenizer.bos_id] + ids], a.max_new_tokens):
+            said += [token for _, token in step]
+            now = tokenizer.decode(said).lstrip()
+            if not now.endswith("\ufffd"):              # half a character: wait for the rest of it
+                print(now[len(shown):], end="", flush=True)
+                shown = now
+        print()
+        if a.prompt is not None:
+            return
+
+
 def answer(model: Transformer, tokenizer: Tokenizer, queries: list, max_new_tokens: int = 64) -> list:
     """Greedy answers, as text, to (instruction, input) pairs in the Alpaca template."""
-    prompts = [[tokenizer.bos_id] + ids for ids in tokenizer.encode([prompt_text(*q) for q in queries])]
-    order = sorted(range(len(prompts)), key=lambda n: len(prompts[n]))
-    batches = [order[a:a + 64] for a in range(0, len(order), 64)]
-    out = [""] * len(prompts)
-    for batch in tqdm(batches, desc="answering", unit="batch", leave=False, disable=len(batches) < 2):
-        for n, ids in zip(batch, generate(model, [prompts[n] for n in batch], max_new_tokens)):
-            out[n] = tokenizer.decode(ids).strip()
-    return out
+    return [text.strip() for text in complete(model, tokenizer, [prompt_text(*q) for q in queries],
+                                              new=max_new_tokens)]
 
 
 def read_questions(path: str) -> list:
@@ -478,12 +883,11 @@ def compare(folders: dict, path: str, device: str, dtype) -> str:
     for title, folder in folders.items():
         model = load(folder, dtype, device)
         scores[title] = exact_match(model, Tokenizer(model.config), questions)
-    lines = ["| language | questions | " + " | ".join(folders) + " |", "| --- " * (2 + len(folders)) + "|"]
+    rows = []
     for lang in sorted(scores[title], key=lambda lang: (lang == "en", lang)):
         name, n = "en (retention)" if lang == "en" and len(folders) > 1 else lang, scores[title][lang][1]
-        shares = " | ".join(f"{score[lang][0] / n:.1%}" for score in scores.values())
-        lines.append(f"| {name} | {n} | {shares} |")
-    return "\n".join(lines)
+        rows.append([name, n, *(f"{score[lang][0] / n:.1%}" for score in scores.values())])
+    return table(["language", "questions", *folders], rows)
 
 
 def pick_device(name: str) -> str:
@@ -493,42 +897,80 @@ def pick_device(name: str) -> str:
     return ("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name
 
 
-def main():
+def parse(argv=None):
+    """The command line."""
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("--model", required=True, metavar="DIR", help="a Hugging Face folder, such as OUT/model")
+    p.add_argument("--model", nargs="+", metavar="DIR", help="a Hugging Face folder, such as OUT/model; lens "
+                   "and align take two, before and after")
     p.add_argument("--prompt", help="answer this one instruction")
-    p.add_argument("--max_new_tokens", type=int, default=64, help="longest answer to --prompt (default 64)")
+    p.add_argument("--max_new_tokens", type=int, default=256, help="longest answer to a prompt (default 256)")
     p.add_argument("--data", metavar="FILE", help="of --task, the official file; without --task, JSONL of "
                    "instruction, input, output, lang: exact match by language")
-    p.add_argument("--task", choices=TASKS, help="a benchmark")
-    p.add_argument("--lang", default="en", help="its language: en, zh, vi or ar")
-    p.add_argument("--limit", type=int, metavar="N", help="its first items alone")
+    p.add_argument("--data_en", metavar="FILE", help="of flores, align, fertility: the English sentences")
+    p.add_argument("--task", choices=[*TASKS, *LOOKS], help="a benchmark, or a look inside")
+    p.add_argument("--suite", metavar="FILE", help="run what this TOML file lists, see above")
+    p.add_argument("--lang", help="the task's language: en, zh, vi or ar (default en; of lens: all)")
+    p.add_argument("--limit", type=int, metavar="N", help="the first items alone (of lens: 64)")
     p.add_argument("--bos", default="auto", choices=["auto", "always", "never"],
                    help="before the context; auto: as transformers' tokenizer of the folder does")
-    p.add_argument("--template", choices=["none", "alpaca"], help="round prompts of generative tasks; "
+    p.add_argument("--template", choices=["none", "alpaca"], help="round prompts and generative tasks; "
                    "default: alpaca for folders that train.py made, else none")
     p.add_argument("--out", metavar="FILE", help="JSON of the scores and of every setting that changes them")
     p.add_argument("--items", metavar="FILE", help="JSONL of every item: prompt, what came out, scores")
+    p.add_argument("--plot", metavar="PNG", help="of lens and align: the picture")
+    p.add_argument("--layer", type=int, help="of align: the one to draw (default: 15/32 of the depth)")
     p.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     p.add_argument("--dtype", default="fp32", choices=DTYPES)
-    a = p.parse_args()
-    if a.prompt is None and a.data is None:
-        raise InputError("nothing to do: give --data FILE or --prompt TEXT")
-    if a.limit is not None and a.limit < 1:
-        raise InputError(f"--limit is {a.limit}, expected at least 1")
-    device, dtype = pick_device(a.device), DTYPES[a.dtype]
-    if a.task:
-        benchmark(a)
-    elif a.prompt is not None:
-        model = load(a.model, dtype, device)
-        print(answer(model, Tokenizer(model.config), [(a.prompt, "")], a.max_new_tokens)[0])
+    a = p.parse_args(argv)
+    for key in ("limit", "max_new_tokens"):
+        if getattr(a, key) is not None and getattr(a, key) < 1:
+            raise InputError(f"--{key} is {getattr(a, key)}, expected at least 1")
+    if bool(a.model) == bool(a.suite):
+        raise InputError("nothing to do: give --model DIR, or --suite FILE")
+    if a.task and not a.data:
+        raise InputError(f"--task {a.task} needs --data FILE")
+    if a.model and len(a.model) > (2 if a.task in ("lens", "align") else 1):
+        raise InputError(f"--model has {len(a.model)} folders; lens and align take two, all else one")
+    if a.plot and a.task not in ("lens", "align"):
+        raise InputError("--plot draws --task lens and --task align")
+    return a
+
+
+def main(argv=None):
+    a = parse(argv)
+    if WORLD > 1:
+        torch.distributed.init_process_group("gloo")
+    data = [a.data, a.data_en] if a.data_en else [a.data]
+    if a.suite:
+        suite(a)
+    elif a.task in LOOKS:
+        a.data = a.data if a.task == "lens" else data
+        LOOKS[a.task](a)
+    elif a.task:
+        s = setting(a, a.model[0], a.task, a.lang or "en", data)
+        result = benchmark(load(a.model[0], DTYPES[a.dtype], pick_device(a.device)), s, a.items)
+        scores = [f"{100 * v['mean']:.2f}" + (f" ± {100 * v['stderr']:.2f}" if "stderr" in v else "")
+                  for v in result["scores"].values()]
+        n = max(v["n"] for v in result["scores"].values())
+        say(table(["task", "language", "items", *result["scores"]], [[a.task, s["lang"], f"{n:,}", *scores]]))
+        if a.out and not RANK:
+            write_json(result, a.out)
+            say(f"The scores and their settings are in {a.out}")
+    elif a.prompt is not None or not a.data:
+        talk(a)
     else:
-        print(compare({"exact match": a.model}, a.data, device, dtype))
+        print(compare({"exact match": a.model[0]}, a.data, pick_device(a.device), DTYPES[a.dtype]))
 
 
 if __name__ == "__main__":
     try:
         main()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError) as error:
+        if not RANK:
+            print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit("stopped by hand")
+    finally:
+        if torch.distributed.is_initialized():
+            torch.distributed.destroy_process_group()

@@ -204,7 +204,9 @@ class Stage:
         self.masks = {window: [row_mask(p, s, window, device) for p, s in
                                zip(pos.split(self.lengths), seg.split(self.lengths))]
                       for window in set(config.windows)}                    # window -> a mask for each row
-        self.row, self.pos, self.cache = row.to(device), pos.to(device), cache
+        self.pos, self.cache = pos.to(device), cache
+        if cache is not None:                                               # which prompt's keys they are
+            self.slot = (cache.first[row] + (seg - 1).clamp(min=0)).to(device)
 
 
 def row_mask(pos, seg, window, device):
@@ -326,7 +328,7 @@ class Attention(nn.Module):
         k = rotate(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), stage)      # (n, K, h)
         v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)                     # (n, K, h)
         if stage.cache is not None:
-            stage.cache.put(self.index, stage.row, stage.pos, k, v)
+            stage.cache.put(self.index, stage, k, v)
         if isinstance(stage, Step):     # one new token a row, against all that the cache holds of that row
             k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))
             out = attend(q[:, :, None], k, v, masks, c)     # q (R, H, 1, h), k and v (R, K, S, h)
@@ -402,18 +404,21 @@ class Linear(nn.Linear):
 # ------------------------------------------------------------------------------------------- generation
 
 class Cache:
-    """Keys and values of R rows for generation: (L, R, K, S, h) each, every row at its own positions."""
+    """Keys and values of R prompts for generation: (L, R, K, S, h) each, every prompt at its own positions.
+    While prompts are read, those that begin alike are one row (see decode): its trunk is stored with the
+    first of them, its branches with one each; `first` holds the first prompt of each row."""
 
-    def __init__(self, config: Config, rows: int, size: int, device, dtype):
+    def __init__(self, config: Config, rows: int, size: int, first, device, dtype):
         shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
         self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
+        self.first = first                                                  # (rows of Tokens,)
 
-    def put(self, layer: int, row, pos, k, v):
-        """Store k and v (n, K, h) of one layer at (row, pos), both (n,)."""
-        self.k[layer, row, :, pos], self.v[layer, row, :, pos] = k, v
+    def put(self, layer: int, stage: Stage, k, v):
+        """Store k and v (n, K, h) of one layer where the stage's tokens belong."""
+        self.k[layer, stage.slot, :, stage.pos], self.v[layer, stage.slot, :, stage.pos] = k, v
 
     def keep(self, rows):
-        """Drop all rows but these (n,)."""
+        """Drop all prompts but these (n,)."""
         self.k, self.v = self.k[:, rows], self.v[:, rows]
 
 
@@ -421,46 +426,78 @@ class Step(Stage):
     """The stage of one decoding step: one token of each of R rows, at positions pos (R,)."""
 
     def __init__(self, pos, config: Config, cache: Cache):
-        self.row, self.pos, self.cache, self.size = torch.arange(len(pos)), pos, cache, int(pos.max()) + 1
+        self.slot, self.pos, self.cache, self.size = torch.arange(len(pos)), pos, cache, int(pos.max()) + 1
         self.cos, self.sin = rotation(config, pos, cache.k.device)
         back = pos[:, None] - torch.arange(self.size)                    # (R, S): how far back each key lies
         self.masks = {window: ((back >= 0) & (back < (window or torch.inf)))[:, None, None].to(cache.k.device)
                       for window in set(config.windows)}                    # (R, 1, 1, S)
 
 
-@torch.no_grad()
 def generate(model: Transformer, prompts: list, max_new_tokens: int, stop=(), last=()) -> list:
     """Greedy continuations of R prompts (lists of ids), each a list of at most max_new_tokens ids.
 
     A row ends before one of the ids in `stop` (default: the model's end tokens), behind one of the ids in
-    `last`, or when the model's last position is taken. Finished rows leave the batch.
+    `last`, or when the model's last position is taken.
     """
+    out = [[] for _ in prompts]
+    for step in decode(model, prompts, max_new_tokens, stop, last):
+        for r, token in step:
+            out[r].append(token)
+    return out
+
+
+@torch.no_grad()
+def decode(model: Transformer, prompts: list, max_new_tokens: int, stop=(), last=()):
+    """generate(), a step at a time: yields [(prompt, its next id)]. Neighbours that begin alike are one row
+    while they are read, a trunk with branches, so that what they share is computed once; prompts that are
+    finished leave the batch."""
     c, device = model.config, model.embed_tokens.weight.device
-    lengths, stop = [len(p) for p in prompts], set(stop or c.eos_ids)
+    lengths, stop, L = [len(p) for p in prompts], set(stop or c.eos_ids), c.num_layers
     if not all(0 < n < c.max_positions for n in lengths):
         raise InputError(f"a prompt has {max(lengths)} tokens and one {min(lengths)}; this model takes 1 to "
                          f"{c.max_positions - 1}")
-    size = min(max(lengths, default=0) + max_new_tokens, c.max_positions)
-    cache = Cache(c, len(prompts), size, device, model.compute_dtype or model.embed_tokens.weight.dtype)
-    out, alive, pos = [[] for _ in prompts], list(range(len(prompts))), torch.tensor(lengths)
-    x = model(Tokens.plain(prompts, c.num_layers), (c.num_layers,), cache)[c.num_layers] if prompts else None
-    x = x[(pos.cumsum(0) - 1).to(device)] if prompts else None        # (R, D): the last token of each prompt
-    while alive:
-        new, going = model.logits(x).argmax(-1), []                         # (R,)
-        for slot, (r, token) in enumerate(zip(alive, new.tolist())):
-            if token not in stop and len(out[r]) < max_new_tokens:
-                out[r].append(token)
-                if token not in last and len(out[r]) < max_new_tokens and lengths[r] + len(out[r]) < size:
-                    going.append(slot)
+    if not prompts:
+        return
+    runs = alike(prompts)
+    tokens = Tokens([[(prompts[group[0]][:n], L), *((prompts[r][n:], L) for r in group)]
+                     for group, n in runs])
+    ends = [start + lengths[r] - n - 1 for (group, n), starts in zip(runs, tokens.starts)
+            for r, start in zip(group, starts[1:])]                         # the last token of each prompt
+    size = min(max(lengths) + max_new_tokens, c.max_positions)
+    cache = Cache(c, len(prompts), size, torch.tensor([group[0] for group, _ in runs]), device,
+                  model.compute_dtype or model.embed_tokens.weight.dtype)
+    x = model(tokens, (L,), cache)[L][torch.tensor(ends, device=device)]                            # (R, D)
+    for group, n in runs:
+        for kept in (cache.k, cache.v):
+            kept[:, group[1:], :, :n] = kept[:, group[:1], :, :n]
+    alive, pos, done = list(range(len(prompts))), torch.tensor(lengths), 0
+    while alive and done < max_new_tokens:
+        new, done = model.logits(x).argmax(-1), done + 1                                            # (R,)
+        said = [(slot, r, t) for slot, (r, t) in enumerate(zip(alive, new.tolist())) if t not in stop]
+        yield [(r, t) for _, r, t in said]
+        going = [slot for slot, r, t in said if t not in last and lengths[r] + done < size]
         if len(going) < len(alive):
             alive, new, pos = [alive[slot] for slot in going], new[going], pos[going]
             cache.keep(going)
-        if alive:
+        if alive and done < max_new_tokens:
             stage, x = Step(pos, c, cache), model.embed(new)
             for layer in model.layers:
                 x = layer(x, stage)                                         # (R, D)
             pos = pos + 1
-    return out
+
+
+def alike(prompts: list) -> list:
+    """Runs of neighbours that begin alike: [(their places, how many ids they share)], each as long as what
+    they share is longer than what follows it in all of them."""
+    runs = []
+    for r, prompt in enumerate(prompts):
+        group = runs[-1][0] + [r] if runs else [r]
+        n = min(len(os.path.commonprefix([prompts[g] for g in group])), len(prompt) - 1)
+        if runs and n > sum(len(prompts[g]) - n for g in group):
+            runs[-1] = group, n
+        else:
+            runs.append(([r], len(prompt)))
+    return runs
 
 
 # ------------------------------------------------------------------------------------------- weights

@@ -409,7 +409,8 @@ def read_layers(model: DFT, records: list):
     picked = [r for r in records if r.query_en is not None][:16]
     tokens = Tokens.plain([r.prompt for r in picked], model.model.config.num_layers)
     places = [tokens.starts[n][0] + t for n, r in enumerate(picked) for t in range(*r.query)] or [0]
-    return choose_layers(model((tokens, torch.tensor(places))).mean(1).tolist())
+    entropy, _ = model((tokens, torch.tensor(places), torch.empty(len(places), 0, dtype=torch.long)))
+    return choose_layers(entropy.mean(1).tolist())
 
 
 def make_optimizer(model: DFT, a) -> torch.optim.AdamW:

@@ -39,6 +39,8 @@ GOLDEN = [
       for lang, prompt in dict(en="Context: C.\n\nQuestion: Q?\n\nAnswer:", zh="语境: C.\n\n问题: Q?\n\n回答:",
                                vi="Bối cảnh: C.\n\nCâu hỏi: Q?\n\nTrả lời:",
                                ar="سيا: C.\n\nسؤال: Q?\n\nإجابة:").items()),
+    ("flores", "en-zh", dict(en="E.", zh="Z."), "English sentence: E.\nChinese sentence:", [], ["Z."]),
+    ("flores", "ar-en", dict(en="E.", ar="A."), "Arabic sentence: A.\nEnglish sentence:", [], ["E."]),
     ("mlqa", "ar", dict(context="C.", question="Q?", answers=dict(text=["x"])),
      "Context: C.\n\nQuestion: Q?\n\nAnswer:", [], ["x"]),
     ("mkqa", "zh", dict(queries=dict(zh_cn="谁?"), answers=dict(zh_cn=[dict(text="甲", aliases=["乙"]),
@@ -106,6 +108,8 @@ def test_choices_as_branches_score_as_choices_one_by_one(family, name):
         return torch.randint(3, 50, (n,), generator=random).tolist()
     asked = [(ids(n), [ids(m) for m in lengths]) for n, lengths in
              ((1, (9, 9, 9)), (12, (1, 1, 1, 1)), (20, (5, 1, 8)), (3, (2,)))]
+    begin = ids(7)                                          # what choices begin with is computed once
+    asked += [(ids(5), [begin + ids(2), begin, begin + ids(1), begin[:3] + ids(4)]), (ids(2), [begin] * 3)]
     model = load(folder)
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     expected = [[slow(hf, context, choice) for choice in choices] for context, choices in asked]
@@ -140,8 +144,11 @@ def test_what_is_too_long_loses_its_beginning(family):
 
 
 class Cipher:
-    """Decodes every id to a letter, some to a line's end."""
-    size = 120
+    """Takes ids for text; decodes every id to a letter, some to a line's end."""
+    size, bos_id = 120, 1
+
+    def encode(self, prompts):
+        return prompts
 
     def decode(self, ids):
         return "".join("\n" if i % 9 == 0 else chr(97 + i % 26) for i in ids)
@@ -152,7 +159,7 @@ def test_answers_are_transformers_greedy_text_up_to_the_end_of_the_line(family, 
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="eager")
     new = min(256, model.config.max_positions // 2)
     prompts = [[1, 4 + n, 30 - n] + [7] * n for n in range(20)] + [list(range(3, 40)) * 9]
-    texts = evaluation.completions(model, Cipher(), prompts)
+    texts = evaluation.complete(model, Cipher(), prompts, bos=False, line=True)
     for prompt, text in zip(prompts, texts, strict=True):
         kept = prompt[-(model.config.max_positions - new):]
         out = hf.generate(torch.tensor([kept]), max_new_tokens=new, do_sample=False, pad_token_id=0)[0, len(kept):]
@@ -219,13 +226,13 @@ def test_official_files_of_every_shape_give_the_same_item(task, lang, tmp_path):
         (tmp_path / name).write_text(text, encoding="utf-8")
         (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
         for path in (name, f"{name}.gz"):
-            items += read_task(str(tmp_path / path), task, lang)
+            items += read_task([str(tmp_path / path)], task, lang)
     assert len(items) == 2 * len(SHAPES[task, lang]) and all(item == items[0] for item in items), items
     folder = tmp_path / "folder"
     folder.mkdir()
     for name, text in SHAPES[task, lang].items():
         (folder / name).write_text(text, encoding="utf-8")
-    assert len(read_task(str(folder), task, lang)) == len(SHAPES[task, lang])
+    assert len(read_task([str(folder)], task, lang)) == len(SHAPES[task, lang])
 
 
 def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path):
@@ -234,7 +241,7 @@ def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path):
                             ("d.jsonl", "mlqa", dict(context="C", question="Q", answers=dict(text=[])))]:
         (tmp_path / name).write_text(json.dumps(row))
         with pytest.raises(InputError, match=f"{name}:1: no item of {task} in en .*found the keys "):
-            read_task(str(tmp_path / name), task, "en")
+            read_task([str(tmp_path / name)], task, "en")
 
 
 def test_bos_is_what_transformers_tokenizer_of_the_folder_adds(tmp_path):
@@ -248,6 +255,9 @@ def test_bos_is_what_transformers_tokenizer_of_the_folder_adds(tmp_path):
     assert not evaluation.adds_bos(str(tmp_path))
 
 
+LANG = {"xcopa": "zh", "flores": "en-zh"}
+
+
 @pytest.mark.parametrize("task", evaluation.TASKS)
 def test_a_wrong_file_is_named_with_what_was_found_and_expected(task, tmp_path):
     for name, text in {"wrong.jsonl": '{"this": 1, "that": 2}\n', "wrong.csv": "x,y\n1,2\n", "empty.json": "[]",
@@ -255,6 +265,6 @@ def test_a_wrong_file_is_named_with_what_was_found_and_expected(task, tmp_path):
                        "null.jsonl": "null", "squad.json": '{"data": [{"paragraphs": [{"context": 1}]}]}'}.items():
         (tmp_path / name).write_text(text)
         with pytest.raises(InputError, match=name.replace(".", r"\.")):
-            read_task(str(tmp_path / name), task, "zh" if task == "xcopa" else "en")
+            read_task([str(tmp_path / name)], task, LANG.get(task, "en"))
     with pytest.raises(InputError, match="no such|No such"):
-        read_task(str(tmp_path / "gone.jsonl"), task, "zh" if task == "xcopa" else "en")
+        read_task([str(tmp_path / "gone.jsonl")], task, LANG.get(task, "en"))

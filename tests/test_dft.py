@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 
 import dft
 from data import Record
-from dft import DFT, Method, choose_layers, cross_entropy, lay_out, lens_entropy
+from dft import DFT, Method, choose_layers, cross_entropy, lay_out, lens
 from model import Tokens, load
 
 RAGGED = [  # prompt, answer, query_en, answer_en, prompt_en: lengths differ; the fourth is English-only
@@ -205,10 +205,11 @@ def test_fused_cross_entropy_of_nothing_is_zero_with_a_graph():
 # -------------------------------------------------------------------------------------- lens and layer choice
 
 @pytest.mark.parametrize("name", ("llama3", "gemma2-mild"))
-def test_lens_entropy_equals_that_of_transformers_states_through_its_norm_and_head(pairs, name):
+def test_the_lens_equals_entropy_and_probabilities_of_transformers_states_through_its_norm_and_head(pairs, name):
     hf, model = pairs[name]
     ids = torch.randint(97, (11,)).tolist()
-    got = lens_entropy(model, Tokens.plain([[1, 2], ids], 4), torch.arange(2, 13))
+    asked = torch.randint(97, (11, 2))
+    got, probability = lens(model, Tokens.plain([[1, 2], ids], 4), torch.arange(2, 13), asked)
     with torch.no_grad():
         for k, h in enumerate(states(hf, ids)):
             logits = F.linear(normed(hf, h, False), hf.lm_head.weight)
@@ -216,6 +217,7 @@ def test_lens_entropy_equals_that_of_transformers_states_through_its_norm_and_he
             logits = limit * torch.tanh(logits / limit) if limit else logits
             torch.testing.assert_close(got[k], torch.distributions.Categorical(logits=logits).entropy(),
                                        rtol=1e-4, atol=1e-4)
+            torch.testing.assert_close(probability[k], logits.softmax(-1).gather(1, asked), rtol=1e-4, atol=1e-5)
 
 
 def test_layers_are_where_the_first_drop_of_entropy_ends_and_the_second_begins():

@@ -58,13 +58,13 @@ def test_the_table_has_a_row_a_language_and_english_last(tmp_path):
 
 def test_a_prompt_is_answered_on_the_command_line():
     row, = english(1)
-    done = run("--model", DEMO, "--prompt", row["instruction"], "--device", "cpu")
+    done = run("--model", DEMO, "--prompt", row["instruction"], "--device", "cpu", "--template", "alpaca")
     assert done.returncode == 0 and done.stdout.strip() == row["output"], done.stderr
 
 
 def test_nothing_to_do_is_refused_in_one_line():
-    done = run("--model", DEMO)
-    assert done.returncode == 2 and done.stderr == "error: nothing to do: give --data FILE or --prompt TEXT\n"
+    done = run("--limit", "1")
+    assert done.returncode == 2 and done.stderr == "error: nothing to do: give --model DIR, or --suite FILE\n"
 
 
 def test_a_question_without_an_answer_is_refused_with_its_line(tmp_path):

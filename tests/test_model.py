@@ -17,7 +17,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from model import Config, InputError, Tokens, generate, hf_name, load, save
+from model import Config, InputError, Tokens, alike, generate, hf_name, load, save
 
 FAMILIES = ["llama2", "llama3", "smollm2", "gemma2"]
 LENGTHS = (23, 1, 40, 9)        # ragged, beyond Gemma-2's window of 8 and LLaMA-3's first context of 32
@@ -223,6 +223,18 @@ def test_generate_is_transformers_greedy_search(family, name):
     expected = [greedy(theirs, p, 12, [96]) for p in prompts]
     assert len({token for out in expected for token in out}) > 10      # not one token over and over
     assert generate(ours, prompts, 12, stop=(96,)) == expected
+
+
+@pytest.mark.parametrize("name", ["smollm2", "gemma2"])
+def test_prompts_that_begin_alike_are_one_row_and_are_answered_as_if_they_were_not(family, name):
+    ours, (begin, a, b, c, other) = load(family(name)), rows_of((40, 3, 9, 5, 14))
+    prompts = [begin + a, begin + b, begin + c, begin, begin, other, begin[:7] + a, begin[:7] + b]
+    assert alike(prompts) == [([0, 1, 2, 3, 4], 39), ([5], 14), ([6], 10), ([7], 16)]
+    together = generate(ours, prompts, 12, stop=(96,))
+    assert together == [generate(ours, [prompt], 12, stop=(96,))[0] for prompt in prompts]
+    theirs = reference(family(name))
+    assert together[:4] == [greedy(theirs, prompt, 12, [96]) for prompt in prompts[:4]]
+    assert len({tuple(out) for out in together}) > 4
 
 
 def test_generate_stops_before_an_end_token_of_the_model(family, tmp_path):
