@@ -36,12 +36,14 @@ import collections
 import contextlib
 import csv
 import dataclasses
+import functools
 import hashlib
 import io
 import json
 import math
 import os
 import re
+import statistics
 import string
 import sys
 import tomllib
@@ -278,7 +280,7 @@ TASKS = {
     "xnli": (xnli, accuracy, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 2490)),
     "xcopa": (xcopa, accuracy, "test", dict.fromkeys(("zh", "vi"), 500)),
     "xstorycloze": (xstorycloze, accuracy, "eval", dict.fromkeys(("en", "zh", "ar"), 1511)),
-    "truthfulqa": (truthfulqa, truth, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 817)),
+    "truthfulqa": (truthfulqa, truth, "validation", {"en": 817, "zh": 788, "vi": 785, "ar": 773}),
     "mmlu": (mmlu, accuracy, "test", {"en": 14042, "zh": None, "vi": None, "ar": None}),
     "xquad": (xquad, squad_match, "validation", dict.fromkeys(("en", "zh", "vi", "ar"), 1190)),
     "mlqa": (mlqa, mlqa_match, "test", {"en": 11590, "zh": 5137, "vi": 5495, "ar": 5335}),
@@ -321,6 +323,8 @@ def read_task(data: list, task: str, lang: str) -> list:
     """The Items of an official file, of JSONL with the hub's field names, or of a folder of such files; of
     flores see read_sentences."""
     path, items = data[0], []
+    if lang not in TASKS[task][3]:
+        raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task][3])}")
     for file in [path] if task == "flores" else files_of(path):
         if task == "flores":
             texts = read_sentences(data, lang.replace("en", "").strip("-"))
@@ -525,14 +529,10 @@ def setting(a, folder: str, task: str, lang: str, data: list) -> dict:
     bos = adds_bos(folder) if a.bos == "auto" else a.bos == "always"
     if Config.read(folder).gemma and not bos:
         raise InputError("--bos never: Gemma learnt with BOS before every text and breaks down without")
-    if lang not in TASKS[task][3]:
-        raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task][3])}")
     alpaca = task in WRITTEN and uses_alpaca(a, folder)
-    files = [file for path in data for file in files_of(path)]
-    return dict(task=task, lang=lang, data=data, data_sha256=digest(files), limit=a.limit, model=folder,
-                model_sha256=digest([file for file in files_of(folder) if file.endswith("config.json")
-                                     or file.endswith(".safetensors")]),
-                bos=bos, dtype=a.dtype, shots=0, template="alpaca" if alpaca else "none",
+    return dict(task=task, lang=lang, data=data, limit=a.limit, model=folder, bos=bos, dtype=a.dtype, shots=0,
+                data_sha256=digest(file for path in data for file in files_of(path)),
+                model_sha256=model_digest(folder), template="alpaca" if alpaca else "none",
                 normaliser=WRITTEN.get(task), spec=SPEC)
 
 
@@ -542,7 +542,13 @@ def uses_alpaca(a, folder: str) -> bool:
     return a.template == "alpaca" or a.template is None and tuned
 
 
-def digest(files: list) -> str:
+@functools.cache                                                            # it may be 14 GB to read
+def model_digest(folder: str) -> str:
+    """SHA-256 of what makes a model: config.json and the weights."""
+    return digest(f for f in files_of(folder) if f.endswith((".safetensors", os.sep + "config.json")))
+
+
+def digest(files) -> str:
     """SHA-256 of what is in files."""
     whole = hashlib.sha256()
     for path in files:
@@ -551,10 +557,9 @@ def digest(files: list) -> str:
     return whole.hexdigest()
 
 
-def benchmark(model: Transformer, s: dict, items_path: str | None) -> dict:
-    """What setting() describes, run: it and the scores. Each of torchrun's ranks takes every WORLD-th item.
-    """
-    items, (_, _, split, counts) = read_task(s["data"], s["task"], s["lang"]), TASKS[s["task"]]
+def benchmark(model: Transformer, items: list, s: dict, items_path: str | None) -> dict:
+    """Do what setting() describes: that, and the scores. Each rank of torchrun takes every WORLD-th item."""
+    _, _, split, counts = TASKS[s["task"]]
     published = counts[s["lang"]]
     if published != len(items):
         say(f"note      {s['data'][0]} has {len(items):,} items; the {split} split of {s['task']} in "
@@ -592,9 +597,8 @@ def summary(lines: list) -> dict:
     for key in lines[0]:
         values = [line[key] for line in lines if isinstance(line[key], float)]
         if values:
-            mean, n = sum(values) / len(values), len(values)
-            spread = math.sqrt(sum((v - mean) ** 2 for v in values) / max(1, n - 1))
-            out[key] = dict(mean=mean, stderr=spread / math.sqrt(n), n=n)
+            spread, n = statistics.stdev(values) if len(values) > 1 else 0.0, len(values)
+            out[key] = dict(mean=statistics.fmean(values), stderr=spread / math.sqrt(n), n=n)
     return out
 
 
@@ -611,21 +615,22 @@ def suite(a) -> None:
         raise InputError(f"{a.suite}: {error}; expected out = \"FOLDER\", [models] with TITLE = \"FOLDER\" "
                          "and [tasks] with TASK.LANGUAGE = \"FILE\"") from None
     os.makedirs(out, exist_ok=True)
-    found = {}
-    for title, folder in models.items():
-        model = None
-        for task, lang, data in asked:
-            path = os.path.join(out, re.sub(r"[^\w-]+", "_", f"{title} {task} {lang}"))
-            s = setting(a, folder, task, lang, data)
-            result = read_json(path + ".json") if os.path.exists(path + ".json") else {}
-            kept = all(result.get(key) == value for key, value in s.items())
-            if not kept:
-                model = model or load(folder, DTYPES[a.dtype], pick_device(a.device))
-                result = benchmark(model, s, path + ".items.jsonl")
-                if not RANK:
-                    write_json(result, path + ".json")
-            found[title, task, lang] = result["scores"]
-            say(f"{'kept     ' if kept else 'measured '} {path}.json")
+    items = {(task, lang): read_task(data, task, lang) for task, lang, data in asked}
+    plan = [(title, setting(a, folder, *one)) for title, folder in models.items() for one in asked]
+    model, found = None, {}
+    for title, s in plan:
+        path = os.path.join(out, re.sub(r"[^\w-]+", "_", f"{title} {s['task']} {s['lang']}"))
+        result = read_json(path + ".json") if os.path.exists(path + ".json") else {}
+        kept = all(result.get(key) == value for key, value in s.items())
+        if not kept:
+            if not model or model.config.folder != s["model"]:
+                model = None                                                # two would not fit
+                model = load(s["model"], DTYPES[a.dtype], pick_device(a.device))
+            result = benchmark(model, items[s["task"], s["lang"]], s, path + ".items.jsonl")
+            if not RANK:
+                write_json(result, path + ".json")
+        found[title, s["task"], s["lang"]] = result["scores"]
+        say(f"{'kept     ' if kept else 'measured '} {path}.json")
     for name, metrics in TABLES.items():
         columns = [(task, lang) for task, lang, _ in asked if task in metrics]
         if columns:
@@ -658,7 +663,7 @@ def lens_of(folder: str, a) -> dict:
     pivot of Wendler et al. 2024); and "map", the entropies of the first query, (L + 1, tokens)."""
     model = load(folder, DTYPES[a.dtype], pick_device(a.device))
     rows = [(place, row) for place, row in read_rows(a.data)
-            if row.get("lang", a.lang) == (a.lang or row.get("lang")) and "output_en" in row]
+            if a.lang in (None, row.get("lang", a.lang)) and "output_en" in row]
     if not rows:
         raise InputError(f"{a.data}: no record with instruction_en, input_en and output_en"
                          + (f" and lang {a.lang}" if a.lang else ""))
@@ -675,7 +680,7 @@ def lens_of(folder: str, a) -> dict:
             pivots += [p[:, -1]] if first[0] != first[1] else []            # (L + 1, 2)
         found[name] = torch.cat(entropies, 1).mean(1).tolist()
         if side == "both":
-            found |= dict(prompts=len(records), pivots=len(pivots), map=entropies[0].tolist())
+            found |= dict(records=str(counts), pivots=len(pivots), map=entropies[0].tolist())
             both = torch.stack(pivots).mean(0) if pivots else torch.full((len(e), 2), math.nan)
             found |= dict(p_target=both[:, 0].tolist(), p_english=both[:, 1].tolist())
     found["i"], found["j"], found["why"] = choose_layers(found["entropy"])
@@ -686,7 +691,7 @@ def lens_task(a) -> None:
     """--task lens: numbers by layer, and a picture of one model or two."""
     found = [lens_of(folder, a) for folder in a.model]
     for f in found:
-        print(f"{f['model']}: {f['prompts']} prompts; the answers' first tokens differ in {f['pivots']}\n")
+        print(f"{f['model']}: {f['records']}; the answers' first tokens differ in {f['pivots']}\n")
         by_layer({"entropy": f["entropy"], "entropy, English prompts": f["entropy_en"],
                   "P(English answer)": f["p_english"], "P(target answer)": f["p_target"]})
         print(f"i = {f['i']}, j = {f['j']} of {len(f['entropy']) - 1} layers, as {f['why']}\n")
@@ -814,16 +819,16 @@ def fertility_task(a) -> None:
     sentences = read_sentences(a.data, a.lang or "target")
     if "en" not in sentences:
         raise InputError(f"{' '.join(a.data)}: no English in it; found {', '.join(sentences)}")
-    counts = {lang: sum(map(len, tokenizer.encode(texts[:a.limit]))) for lang, texts in sentences.items()}
-    for lang, texts in sentences.items():
-        texts, letters = texts[:a.limit], sum(map(len, texts[:a.limit]))
-        rows.append([lang, len(texts), f"{counts[lang] / len(texts):.1f}", f"{counts[lang] / letters:.3f}",
-                     f"{counts[lang] / counts['en']:.2f} x"])
-    print(table(["language", "sentences", "tokens a sentence", "tokens a character", "tokens to English"],
-                rows))
+    texts = {lang: texts[:a.limit] for lang, texts in sentences.items()}
+    tokens = {lang: sum(map(len, tokenizer.encode(texts[lang]))) for lang in texts}
+    for lang in texts:
+        rows.append({"language": lang, "sentences": len(texts[lang]),
+                     "tokens a sentence": round(tokens[lang] / len(texts[lang]), 2),
+                     "tokens a character": round(tokens[lang] / sum(map(len, texts[lang])), 3),
+                     "times English": round(tokens[lang] / tokens["en"], 3)})
+    print(table(list(rows[0]), [row.values() for row in rows]))
     if a.out:
-        write_json([dict(zip(("language", "sentences", "per_sentence", "per_character", "to_english"), row))
-                    for row in rows], a.out)
+        write_json(rows, a.out)
 
 
 LOOKS = {"lens": lens_task, "align": align_task, "fertility": fertility_task}
@@ -933,6 +938,8 @@ def parse(argv=None):
         raise InputError(f"--model has {len(a.model)} folders; lens and align take two, all else one")
     if a.plot and a.task not in ("lens", "align"):
         raise InputError("--plot draws --task lens and --task align")
+    if WORLD > 1 and a.task not in TASKS and not a.suite:
+        raise InputError("torchrun splits benchmarks and suites alone; run this without")
     return a
 
 
@@ -940,6 +947,8 @@ def main(argv=None):
     a = parse(argv)
     if WORLD > 1:
         torch.distributed.init_process_group("gloo")
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     data = [a.data, a.data_en] if a.data_en else [a.data]
     if a.suite:
         suite(a)
@@ -947,8 +956,9 @@ def main(argv=None):
         a.data = a.data if a.task == "lens" else data
         LOOKS[a.task](a)
     elif a.task:
+        items = read_task(data, a.task, a.lang or "en")
         s = setting(a, a.model[0], a.task, a.lang or "en", data)
-        result = benchmark(load(a.model[0], DTYPES[a.dtype], pick_device(a.device)), s, a.items)
+        result = benchmark(load(a.model[0], DTYPES[a.dtype], pick_device(a.device)), items, s, a.items)
         scores = [f"{100 * v['mean']:.2f}" + (f" ± {100 * v['stderr']:.2f}" if "stderr" in v else "")
                   for v in result["scores"].values()]
         n = max(v["n"] for v in result["scores"].values())

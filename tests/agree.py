@@ -18,6 +18,7 @@ the ratio of the processors' time. Exit code 1 if a log-likelihood differs by mo
 a choice, a generated string or a score differs.
 """
 import argparse
+import hashlib
 import json
 import os
 import resource
@@ -158,6 +159,18 @@ def read_items(path):
     return [json.loads(line) for line in path.read_text(encoding="utf-8").split("\n") if line]
 
 
+def extract(mine, item):
+    """Of an item of the harness, what holds nothing of the data set's text; and what is right in ours."""
+    numbers = {key: item[key] for key in ("loglikelihoods", "score", "exact_match", "f1") if key in item}
+    said = dict(said=digest(item["text"])) if "text" in item else dict(gold=mine["gold"])
+    return dict(asked=digest(item["prompt"], *item.get("choices", ())), **numbers, **said)
+
+
+def digest(*texts):
+    """Of texts, the choices with the space before them."""
+    return hashlib.sha256("\0".join(texts).encode()).hexdigest()[:16]
+
+
 def best(values):
     return values.index(max(values))
 
@@ -194,7 +207,10 @@ def main():
     p.add_argument("--batch_size", type=int, default=8, help="the harness's, where it scores choices; it "
                    "generates by 1, as padding may turn a near tie")
     p.add_argument("--keep", type=Path, help="where the items go (default: nowhere)")
+    p.add_argument("--freeze", type=Path, help="write the first 20 items of each task there, as numbers and "
+                   "digests: tests/agreement.json")
     a = p.parse_args()
+    a.model = os.path.normpath(a.model)
     if a.harness and (a.harness[0] != "harness" or a.harness[1:2] == [] or a.harness[1] not in TASKS):
         p.error(f"expected harness and one of {', '.join(TASKS)}")
     with tempfile.TemporaryDirectory() as folder:
@@ -212,7 +228,7 @@ def main():
 
 def table(a, facts):
     """Runs both sides and prints what differs; 1 if anything does."""
-    lines, notes = [], []
+    lines, notes, frozen = [], [], {}
     for task in a.tasks:
         items = facts[task]["items"]
         peer_took, took = theirs(a, task, facts[task]), ours(a, task, facts[task])
@@ -221,6 +237,7 @@ def table(a, facts):
         for name in TASKS[task][2]:
             mine, peer = (read_items(a.keep / f"{n}.jsonl") for n in (f"ours_{task}", name))
             kinds, largest = compare(name, mine, peer)
+            frozen[name] = dict(lm_eval=peer_took["lm_eval"], items=[extract(a, b) for a, b in zip(mine[:20], peer)])
             counts = ([f"{largest:.1e}", len(kinds["choice"]), ""] if "choices" in peer[0] else
                       ["", "", len(kinds["string"])])
             lines.append([name, len(peer), *counts, len(kinds["score"]), f"{rate:.2f}", f"{peer_rate:.2f}",
@@ -237,6 +254,8 @@ def table(a, facts):
         print("| " + " | ".join(map(str, line)) + " |")
     for note in notes:
         print(note)
+    if a.freeze:
+        a.freeze.write_text(json.dumps(frozen).replace('{"asked', '\n{"asked') + "\n")
     return int(bool(notes))
 
 

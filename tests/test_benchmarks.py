@@ -3,9 +3,12 @@ import gzip
 import json
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
+from agree import TASKS as AGREED
+from agree import digest
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
@@ -187,6 +190,52 @@ def test_context_and_choice_are_encoded_together_and_split_by_the_contexts_lengt
     assert context == [1] and one == [99], "an empty context is BOS whatever the mode"
 
 
+# -------------------------------------------------------------------------------------- the harness's own
+
+# The first items of tests/agree.py --freeze: what lm-evaluation-harness made of them, without their text.
+FROZEN = json.loads((Path(__file__).parent / "agreement.json").read_text())
+
+
+def items_of(shared, task):
+    """Our items of a task that the harness scored."""
+    return read_task([str(shared / "data" / "eval" / AGREED[task][0])], task, "zh")[:20]
+
+
+def test_the_harness_likelihoods_get_the_harness_scores():
+    for name in ("xcopa_zh", "xnli_zh"):
+        for item in FROZEN[name]["items"]:
+            found = evaluation.accuracy(Item("", [], item["gold"]), item["loglikelihoods"], "zh")
+            assert found == {"acc": item["score"]}
+    for one, two in zip(*(FROZEN[f"truthfulqa_zh_{mc}"]["items"] for mc in ("mc1", "mc2")), strict=True):
+        found = evaluation.truth(Item("", [], one["gold"]), one["loglikelihoods"] + two["loglikelihoods"], "zh")
+        assert found == dict(mc1=one["score"], mc2=pytest.approx(two["score"], abs=1e-6))
+    assert all(len(FROZEN[name]["items"]) == 20 for _, _, names in AGREED.values() for name in names)
+    assert all({item["score"] for item in FROZEN[name]["items"]} == {0, 1} for name in ("xcopa_zh", "xnli_zh"))
+
+
+@pytest.mark.parametrize("task", AGREED)
+def test_prompts_and_choices_are_the_harness_to_the_letter(shared, task):
+    for n, item in enumerate(items_of(shared, task)):
+        halves = [item.choices]
+        if task == "truthfulqa":
+            halves = item.choices[:item.gold[0]], item.choices[item.gold[0]:]
+        for name, choices in zip(AGREED[task][2], halves, strict=True):
+            assert digest(item.context, *choices) == FROZEN[name]["items"][n]["asked"]
+
+
+@pytest.mark.parametrize("task, count", dict(xcopa=20, xnli=6, truthfulqa=3, xquad=1).items())
+def test_smollm2_scores_as_in_the_harness(shared, smollm2, task, count):
+    model = load(smollm2)
+    setting = dict(task=task, lang="zh", bos=evaluation.adds_bos(smollm2), template="none")
+    for n, line in enumerate(evaluation.run_task(model, items_of(shared, task)[:count], setting)):
+        if task == "xquad":
+            frozen = FROZEN["xquad_zh"]["items"][n]
+            assert (digest(line["text"]), line["f1"]) == (frozen["said"], frozen["f1"])
+            continue
+        expected = [ll for name in AGREED[task][2] for ll in FROZEN[name]["items"][n]["loglikelihoods"]]
+        assert line["loglikelihoods"] == pytest.approx(expected, abs=1e-3)
+
+
 # -------------------------------------------------------------------------------------- files
 
 SQUAD = dict(data=[dict(title="t", paragraphs=[dict(context="C.", qas=[
@@ -233,6 +282,20 @@ def test_official_files_of_every_shape_give_the_same_item(task, lang, tmp_path):
     for name, text in SHAPES[task, lang].items():
         (folder / name).write_text(text, encoding="utf-8")
     assert len(read_task([str(folder)], task, lang)) == len(SHAPES[task, lang])
+
+
+@pytest.mark.parametrize("task, lang, file, count", [
+    ("xquad", "zh", "xquad/xquad.zh.json", 1190), ("xquad", "en", "xquad/xquad.en.json", 1190),
+    ("xnli", "zh", "xnli/dev-zh.tsv", 2490), ("xnli", "en", "xnli/dev-en.tsv", 2490),
+    ("xcopa", "zh", "xcopa/test.zh.jsonl", 500), ("truthfulqa", "zh", "m_truthfulqa/zh_validation.json", 788),
+    ("mlqa", "zh", "mlqa/dev-context-zh-question-zh.json", 504), ("mmlu", "en", "mmlu_en", 371),
+    ("mlqa", "en", "mlqa/dev-context-en-question-en.json", 1148), ("mmlu", "zh", "m_mmlu/zh_val.json", 1421),
+    ("mkqa", "ar", "mkqa/sample.jsonl", 5), ("xstorycloze", "en", "xstorycloze/story_cloze_sample.csv", 5),
+    ("flores", "en-zh", "flores200", 1012)])
+def test_no_item_of_a_real_file_is_lost(shared, task, lang, file, count):
+    assert len(read_task([str(shared / "data" / "eval" / file)], task, lang)) == count
+    whole = file.split("/")[0] not in ("mlqa", "mmlu_en", "m_mmlu", "mkqa", "xstorycloze")      # parts, those
+    assert (evaluation.TASKS[task][3][lang] == count) == whole
 
 
 def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path):
