@@ -667,17 +667,21 @@ def lens_of(folder: str, a) -> dict:
     if not rows:
         raise InputError(f"{a.data}: no record with instruction_en, input_en and output_en"
                          + (f" and lang {a.lang}" if a.lang else ""))
-    rows, found = rows[:a.limit or 64], dict(model=folder)
+    rows, found = rows[:a.limit or 32], dict(model=folder)
     for side, name in (("both", "entropy"), ("english", "entropy_en")):
         records, counts = make_records(rows, Tokenizer(model.config), side, 512)
         entropies, pivots = [], []
-        for r in tqdm(records, desc=name, unit="prompt", leave=False):
-            first = [r.answer[0], (r.answer_en or r.answer)[0]]
-            places = torch.tensor([*range(*r.query), len(r.prompt) - 1])
-            e, p = lens(model, Tokens.plain([r.prompt], model.config.num_layers), places,
-                        torch.tensor([first]).expand(len(places), 2))
-            entropies.append(e[:, :-1])
-            pivots += [p[:, -1]] if first[0] != first[1] else []            # (L + 1, 2)
+        for n in tqdm(range(0, len(records), 8), desc=name, unit="batch", leave=False):
+            part = records[n:n + 8]
+            tokens = Tokens.plain([r.prompt for r in part], model.config.num_layers)
+            sizes = [r.query[1] - r.query[0] + 1 for r in part]             # a query, and the prompt's end
+            places = [start + t for r, (start,) in zip(part, tokens.starts)
+                      for t in (*range(*r.query), len(r.prompt) - 1)]
+            first = torch.tensor([[r.answer[0], (r.answer_en or r.answer)[0]] for r in part])
+            seen = lens(model, tokens, torch.tensor(places), first.repeat_interleave(torch.tensor(sizes), 0))
+            for e, p, (target, english) in zip(*(s.split(sizes, 1) for s in seen), first):
+                entropies.append(e[:, :-1])
+                pivots += [p[:, -1]] if target != english else []           # (L + 1, 2)
         found[name] = torch.cat(entropies, 1).mean(1).tolist()
         if side == "both":
             found |= dict(records=str(counts), pivots=len(pivots), map=entropies[0].tolist())
@@ -786,7 +790,7 @@ def align_task(a) -> None:
         layer = a.layer if a.layer is not None else max(1, round(15 / 32 * model.config.num_layers))
         if layer >= len(cos):
             raise InputError(f"--layer {layer}: {folder} has layers 0 to {len(cos) - 1}")
-        flat.append(torch.cat([v[layer] for v in both]))                                        # (2n, D)
+        flat.append(F.normalize(torch.cat([v[layer] for v in both]), dim=-1))                   # (2n, D)
         print(f"{folder}: {n} sentences in {lang} and English\n")
         by_layer({"cosine of translations": found[-1]["true"], "of other pairs": found[-1]["random"],
                   f"{lang} finds English": found[-1]["to_english"],
@@ -799,7 +803,7 @@ def align_task(a) -> None:
             left.set(xlabel=f"{method} 1", ylabel=f"{method} 2", title=f"sentences, layer {layer}\n")
             left.legend()
             curves(middle, "nearness", "cosine", {"translations": f["true"], "other pairs": f["random"]})
-            curves(right, "retrieval", "share of sentences that find their translation",
+            curves(right, "retrieval of translations", "share that is found",
                    {f"{lang} finds English": f["to_english"], f"English finds {lang}": f["from_english"]})
 
 
@@ -915,7 +919,7 @@ def parse(argv=None):
     p.add_argument("--task", choices=[*TASKS, *LOOKS], help="a benchmark, or a look inside")
     p.add_argument("--suite", metavar="FILE", help="run what this TOML file lists, see above")
     p.add_argument("--lang", help="the task's language: en, zh, vi or ar (default en; of lens: all)")
-    p.add_argument("--limit", type=int, metavar="N", help="the first items alone (of lens: 64)")
+    p.add_argument("--limit", type=int, metavar="N", help="the first items alone (of lens: 32)")
     p.add_argument("--bos", default="auto", choices=["auto", "always", "never"],
                    help="before the context; auto: as transformers' tokenizer of the folder does")
     p.add_argument("--template", choices=["none", "alpaca"], help="round prompts and generative tasks; "

@@ -194,30 +194,36 @@ class Tokens:
 
 
 class Stage:
-    """What the layers from `first` up to the next exit need to know of the tokens that pass through them."""
+    """What the layers from `first` up to the next exit need to know of the tokens that pass through them.
+
+    For attention they are strands. A row's first strand is its trunk and the first of its branches, one
+    causal sequence; every other branch is a strand that sees the `trunks` first tokens of that one, and
+    itself. So no score is computed that a mask would then strike out."""
 
     def __init__(self, tokens: Tokens, first: int, config: Config, device, cache=None):
         self.keep = (tokens.depth >= first).nonzero().squeeze(1)            # (n,) flat places, on the CPU
         pos, row, seg = (t[self.keep] for t in (tokens.pos, tokens.row, tokens.seg))
-        self.lengths = torch.bincount(row).tolist()                        # n tokens in rows of these lengths
         self.cos, self.sin = rotation(config, pos, device)                  # (n, 1, h) each
-        self.masks = {window: [row_mask(p, s, window, device) for p, s in
-                               zip(pos.split(self.lengths), seg.split(self.lengths))]
-                      for window in set(config.windows)}                    # window -> a mask for each row
+        self.sizes, self.trunks = [], []                                    # of each strand
+        for r in row.unique():
+            trunk, *branches = torch.unique_consecutive(seg[row == r], return_counts=True)[1].tolist()
+            self.sizes += [trunk + sum(branches[:1]), *branches[1:]]
+            self.trunks += [0] + [trunk] * len(branches[1:])
+        self.masks = {window: [strand_mask(trunk, size, window, device)
+                               for trunk, size in zip(self.trunks, self.sizes)]
+                      for window in set(config.windows)}                    # window -> a mask for each strand
         self.pos, self.cache = pos.to(device), cache
         if cache is not None:                                               # which prompt's keys they are
             self.slot = (cache.first[row] + (seg - 1).clamp(min=0)).to(device)
 
 
-def row_mask(pos, seg, window, device):
-    """Positions and segments (T,) of one row -> (T, T) bool, True where a query (row) sees a key (column);
-    None stands for plain causal attention, which needs no mask."""
-    one_sequence = len(seg[seg > 0].unique()) <= 1                          # a trunk with at most one branch
-    if one_sequence and (window is None or len(pos) <= window):
+def strand_mask(trunk: int, size: int, window, device):
+    """(size, trunk + size) bool, True where a query (row) sees a key (column), which both go on where the
+    trunk ends; None stands for plain causal attention, which needs no mask."""
+    if not trunk and (window is None or size <= window):
         return None
-    order = torch.arange(len(pos))
-    mask = (order[:, None] >= order) & ((seg == 0) | (seg[:, None] == seg))
-    return (mask if window is None else mask & (pos[:, None] - pos < window)).to(device)
+    back = torch.arange(trunk, trunk + size)[:, None] - torch.arange(trunk + size)
+    return ((back >= 0) & (back < (window or torch.inf))).to(device)        # how far back each key lies
 
 
 def rotation(config: Config, pos, device):
@@ -332,9 +338,14 @@ class Attention(nn.Module):
         if isinstance(stage, Step):     # one new token a row, against all that the cache holds of that row
             k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))
             out = attend(q[:, :, None], k, v, masks, c)     # q (R, H, 1, h), k and v (R, K, S, h)
-        else:                           # row by row: no padding, and no token sees another row
-            rows = zip(*(t.transpose(0, 1)[None].split(stage.lengths, dim=2) for t in (q, k, v)), masks)
-            out = [attend(q, k, v, mask, c) for q, k, v, mask in rows]                    # (1, H, T, h) each
+        else:                           # strand by strand: no padding, and no token sees another row
+            out, strands = [], (t.transpose(0, 1)[None].split(stage.sizes, dim=2) for t in (q, k, v))
+            for q, k, v, trunk, mask in zip(*strands, stage.trunks, masks):             # (1, H or K, T, h)
+                if trunk:
+                    k, v = (torch.cat((whole[:, :, :trunk], t), 2) for whole, t in zip(first, (k, v)))
+                else:
+                    first = k, v
+                out.append(attend(q, k, v, mask, c))
             out = torch.cat(out, dim=2)[0].transpose(0, 1)                                  # (n, H, h)
         return self.o_proj(out.reshape(len(x), -1))
 

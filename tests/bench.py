@@ -1,39 +1,72 @@
 """Our training step against what a user would write with transformers: same records, same objective, in turn.
 
-    python tests/bench.py --model SmolLM2-135M --data zh.jsonl --records 8 --method dft-logits --dtype fp32
+    python tests/bench.py --model SmolLM2-135M --data zh.jsonl --method dft-logits --dtype fp32
+    python tests/bench.py --model DIR_WITH_TOKENIZER --shapes llama-2-7b --layers 4 --data zh.jsonl --device cuda
 
-The peer runs padded batches with output_hidden_states=True and dense cross-entropy on the logits of all
+The peer runs one padded batch with output_hidden_states=True and dense cross-entropy on the logits of all
 places: one forward pass for the target-language answer, and for each inner logits loss one more, of the
-prompt with the English text; for features, one without gradient of the English text. Both sides use fused
-AdamW on fp32 weights and clip. Sides take turns, A B A B, each as a process of its own; a step is timed after
-one that warms up. The losses of the two must agree before anything is printed. Times of noisy machines are
-worth little: read the ratios.
+prompt with the English text; for features, one without gradient of the English text. --peer liger is the same
+with Liger's kernels (--method tft, a GPU). Both sides use fused AdamW on fp32 weights, clip, and the same
+compute dtype. Sides take turns, A B A B, each as a process of its own; a step is timed after one on two
+records that warms up. The losses of the two must agree before anything is printed. Times of noisy machines
+are worth little: read the ratios.
+
+Of our step it counts the operations of all matrix products and of attention, as they are carried out
+(torch's FlopCounterMode), measures the machine's rate on one large product in the same dtype and its rate of
+copying memory, and prints the share of that rate which the step reaches; on a GPU also the model FLOPs'
+utilization, PaLM's definition on real tokens, of --peak_tflops. --shapes takes random weights of published
+shapes, cut to --layers.
 """
 import argparse
 import json
 import resource
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
+from torch.utils.flop_counter import FlopCounterMode
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 import train  # noqa: E402
 from data import Tokenizer, make_records, read_parallel  # noqa: E402
 from dft import TERMS, lay_out  # noqa: E402
-from model import Config  # noqa: E402
+from eval import DTYPES  # noqa: E402
+from model import CARRIED, Config  # noqa: E402
 
-RANKS = train.Ranks(torch.device("cpu"))
+# hidden, MLP, layers, heads, key/value heads, head size, vocabulary
+SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152), "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000),
+          "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000)}
+
+
+def random_model(a, folder):
+    """A folder of random weights of --shapes, --layers deep, with the tokenizer of --model."""
+    from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
+    D, M, L, H, K, h, V = SHAPES[a.shapes]
+    own = json.loads((Path(a.model) / "config.json").read_text())
+    common = dict(hidden_size=D, intermediate_size=M, num_hidden_layers=a.layers or L, num_attention_heads=H,
+                  num_key_value_heads=K, head_dim=h, vocab_size=V, max_position_embeddings=4096,
+                  bos_token_id=own["bos_token_id"], eos_token_id=own["eos_token_id"])
+    if a.shapes.startswith("gemma"):
+        model = Gemma2ForCausalLM(Gemma2Config(**common))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=a.shapes.startswith("smollm2"), **common))
+    model.save_pretrained(folder)
+    for name in CARRIED:
+        if (Path(a.model) / name).exists():
+            shutil.copyfile(Path(a.model) / name, Path(folder) / name)
 
 
 def prepare(a):
     """The settings and records that both sides train on."""
     s = train.settings(["--model", a.model, "--data", a.data, "--method", a.method, "--dtype", a.dtype,
-                        "--lc_layer", str(a.lc_layer), "--et_layer", str(a.et_layer), "--device", "cpu"])
+                        "--lc_layer", str(a.lc_layer), "--et_layer", str(a.et_layer), "--device", a.device,
+                        "--micro_batch_tokens", str(a.micro_batch_tokens)])
     config = Config.read(s.model)
     method = train.make_method(s, config)
     rows = read_parallel(s.data)[:a.records]
@@ -42,41 +75,47 @@ def prepare(a):
 
 
 def ours(s, config, method, records):
-    """One step's losses with gradients, by the one pass."""
-    model = train.build(config, method, s, RANKS)
+    """One step's losses with gradients, by the one pass, of the records that are given to it."""
+    ranks = train.Ranks(torch.device(s.device))
+    model = train.build(config, method, s, ranks)
 
-    def losses():
+    def losses(records):
         mean = dict.fromkeys(TERMS, 0.0)
-        batches = train.deal(records, s.micro_batch_tokens, method, config, RANKS)
+        batches = train.deal(records, s.micro_batch_tokens, method, config, ranks)
         counts = {t: max(1, sum(b.counts.get(t, 0) for b in batches)) for t in TERMS}
         for batch in batches:
             sums = model(batch)
             sum(value / counts[t] for t, value in sums.items()).backward()
             for t, value in sums.items():
-                mean[t] += value.item() / counts[t]
+                mean[t] += value.detach() / counts[t]
         return mean
     return model, losses
 
 
-def peer(s, config, method, records):
+def peer(s, config, method, records, liger=False):
     """The same by transformers, as one writes it first."""
-    from transformers import AutoModelForCausalLM
-    model = AutoModelForCausalLM.from_pretrained(s.model, dtype=torch.float32)
-    bf16 = torch.autocast("cpu", torch.bfloat16, enabled=s.dtype == "bf16")
+    if liger:
+        from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
+    else:
+        from transformers import AutoModelForCausalLM as Auto
+    model = Auto.from_pretrained(s.model, dtype=torch.float32).to(s.device)
+    bf16 = torch.autocast(s.device, torch.bfloat16, enabled=s.dtype == "bf16")
     L, i, j = config.num_layers, method.lc_layer, method.et_layer
 
     def padded(pairs):
         """[(prompt, continuation)] -> ids, attention mask, labels (-100 where nothing is learned), (R, T)
         each."""
         size = max(len(p) + len(c) for p, c in pairs)
-        ids = torch.tensor([p + c + [0] * (size - len(p) - len(c)) for p, c in pairs])
-        labels = torch.tensor([[-100] * len(p) + c + [-100] * (size - len(p) - len(c)) for p, c in pairs])
-        seen = torch.tensor([[1] * (len(p) + len(c)) + [0] * (size - len(p) - len(c)) for p, c in pairs])
-        return ids, seen, labels
+        ids = [p + c + [0] * (size - len(p) - len(c)) for p, c in pairs]
+        labels = [[-100] * len(p) + c + [-100] * (size - len(p) - len(c)) for p, c in pairs]
+        seen = [[1] * (len(p) + len(c)) + [0] * (size - len(p) - len(c)) for p, c in pairs]
+        return (torch.tensor(t, device=s.device) for t in (ids, seen, labels))
 
     def predict(pairs, layer):
         ids, seen, labels = padded(pairs)
         with bf16:
+            if liger:                                       # its fused loss, which needs no logits
+                return model(ids, attention_mask=seen, labels=labels).loss, None, labels, seen
             out = model(ids, attention_mask=seen, output_hidden_states=True)
             if layer == L:
                 logits = out.logits
@@ -84,16 +123,18 @@ def peer(s, config, method, records):
                 norm, frozen = model.model.norm, {"weight": model.model.norm.weight.detach()}
                 norm = torch.func.functional_call(norm, frozen, (out.hidden_states[layer],))
                 logits = F.linear(norm, model.lm_head.weight.detach())
+                cap = getattr(model.config, "final_logit_softcapping", None)
+                logits = cap * torch.tanh(logits / cap) if cap else logits
         loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
         return loss, out, labels, seen
 
     def pooled(x, mask):
         return (x.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
-    def losses():
+    def losses(records):
         mean = dict.fromkeys(TERMS, 0.0)
         loss, out, labels, seen = predict([(r.prompt, r.answer) for r in records], L)
-        mean["tft"], parts = loss.item(), [loss]
+        mean["tft"], parts = loss.detach(), [loss]
         answers = labels != -100
         if "feature" in (method.lc, method.et):
             ids, seen_en, labels_en = padded([(r.prompt_en, r.answer_en) for r in records])
@@ -105,67 +146,136 @@ def peer(s, config, method, records):
                                ("et", pooled(h[L], answers_en),
                                 pooled(out.hidden_states[j], answers))):
                 parts.append((1 - F.cosine_similarity(a, b, dim=-1)).mean())
-                mean[term] = parts[-1].item()
+                mean[term] = parts[-1].detach()
         sum(parts).backward()
         del out, parts, loss
         for term, layer, key in (("lc", i, "query_en"), ("et", j, "answer_en")):
             if method.signals().get(term) == "logits":
                 loss = predict([(r.prompt, getattr(r, key)) for r in records], layer)[0]
                 loss.backward()
-                mean[term] = loss.item()
+                mean[term] = loss.detach()
         return mean
     return model, losses
 
 
 def one_side(a):
-    """Two steps of one side; the second is timed. Prints JSON."""
+    """A step of one side, timed after one that warms up. Prints JSON."""
     s, config, method, records = prepare(a)
-    model, losses = {"ours": ours, "peer": peer}[a.side](s, config, method, records)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=s.lr, weight_decay=0, fused=True)
-    for _ in range(2):
-        began = time.perf_counter()
-        mean = losses()
+    cuda = a.device == "cuda"
+    model, losses = (ours(s, config, method, records) if a.side == "ours" else
+                     peer(s, config, method, records, a.side == "liger"))
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0, fused=True)     # weights stay
+
+    def step(records):
+        began, mean = time.perf_counter(), losses(records)
         torch.nn.utils.clip_grad_norm_(model.parameters(), s.clip)
         optimizer.step()
         optimizer.zero_grad()
-        seconds = time.perf_counter() - began
-        first = mean if _ == 0 else first
-    print(json.dumps(dict(seconds=seconds, mib=resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
-                          losses=first, tokens=lay_out(records, method, config.num_layers).size())))
+        mean = {t: float(value) for t, value in mean.items()}
+        if cuda:
+            torch.cuda.synchronize()
+        return mean, time.perf_counter() - began
+    step(records if cuda else records[:2])                  # a GPU should have met all shapes
+    mean, seconds = step(records)
+    mib = (torch.cuda.max_memory_allocated() if cuda else
+           resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
+    tokens = lay_out(records, method, config.num_layers).size()
+    print(json.dumps(dict(seconds=seconds, mib=mib, losses=mean, tokens=tokens,
+                          real=sum(len(r.prompt) + len(r.answer) for r in records))))
+
+
+def work(a):
+    """What our step computes: FLOPs of matrix products and attention; and the machine's rates."""
+    s, config, method, records = prepare(a)
+    model, losses = ours(s, config, method, records)
+
+    def attention(q, k, v, *rest, out_shape=None, **more):      # torch counts it on GPUs only
+        (B, H, T, h), S = q, k[2]
+        return 4 * B * H * h * (T * (S - T) + T * (T + 1) // 2)
+    aten, name = torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
+    counted = {getattr(aten, name): attention,
+               getattr(aten, name + "_backward"): lambda g, q, k, v, *rest, **more: attention(q, k, v) * 5 // 2}
+    with FlopCounterMode(display=False, custom_mapping=counted) as counter:
+        losses(records)
+    x = torch.randn(2048 if s.device == "cpu" else 8192, 2048 if s.device == "cpu" else 8192,
+                    device=s.device, dtype=DTYPES[s.dtype])
+    y = torch.empty(2 ** 26, device=s.device)
+    rates = []
+    for act, amount in ((lambda: x @ x, 2 * len(x) ** 3), (lambda: y.clone(), 8 * len(y))):
+        took = []
+        for _ in range(8):
+            began = time.perf_counter()
+            float(act().view(-1)[0])
+            took.append(time.perf_counter() - began)
+        rates.append(amount / min(took))
+    params = sum(p.numel() for p in model.parameters()) - (0 if config.tie_embeddings else
+                                                           config.vocab_size * config.hidden_size)
+    print(json.dumps(dict(flops=counter.get_total_flops(), gemm=rates[0], copy=rates[1], params=params,
+                          layers=config.num_layers, width=config.num_heads * config.head_dim)))
+
+
+def run(side):
+    done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True,
+                          stdout=subprocess.PIPE, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
 
 
 def main():
     p = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     p.add_argument("--model", required=True)
     p.add_argument("--data", required=True)
-    p.add_argument("--records", type=int, default=8)
+    p.add_argument("--records", type=int, default=32)
     p.add_argument("--method", default="dft-logits", choices=["tft", "dft-logits", "dft-feature"])
     p.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     p.add_argument("--lc_layer", type=int, default=2)
     p.add_argument("--et_layer", type=int, default=14)
-    p.add_argument("--repeats", type=int, default=3)
-    p.add_argument("--side", choices=["ours", "peer"], help=argparse.SUPPRESS)
+    p.add_argument("--repeats", type=int, default=2)
+    p.add_argument("--peer", default="peer", choices=["peer", "liger", "none"])
+    p.add_argument("--shapes", choices=SHAPES)
+    p.add_argument("--layers", type=int)
+    p.add_argument("--micro_batch_tokens", type=int, default=4096)
+    p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
+    p.add_argument("--peak_tflops", type=float, default=989.0, help="989 is an H100 SXM in dense bf16")
+    p.add_argument("--side", choices=["ours", "peer", "liger", "work"], help=argparse.SUPPRESS)
     a = p.parse_args()
     if a.side:
-        return one_side(a)
-    got = {"ours": [], "peer": []}
+        return work(a) if a.side == "work" else one_side(a)
+    with tempfile.TemporaryDirectory() as folder:
+        if a.shapes:
+            random_model(a, folder)
+            sys.argv += ["--model", folder, "--shapes", a.shapes]
+        compare(a)
+
+
+def compare(a):
+    """Both sides in turn; one line of figures."""
+    sides = ["ours"] + [a.peer] * (a.peer != "none")
+    got = {side: [] for side in sides}
     for _ in range(a.repeats):
-        for side in got:
-            done = subprocess.run([sys.executable, __file__, *sys.argv[1:], "--side", side], check=True,
-                                  stdout=subprocess.PIPE, text=True)
-            got[side].append(json.loads(done.stdout.splitlines()[-1]))
-    for term in TERMS:
-        mine, theirs = (got[side][0]["losses"][term] for side in got)
-        assert abs(mine - theirs) <= (1e-4 if a.dtype == "fp32" else 2e-2) * abs(theirs), (term, mine, theirs)
-    seconds, mib = ({side: statistics.median(run[key] for run in got[side]) for side in got}
+        for side in sides:
+            got[side].append(run(side))
+    mine = got["ours"][0]
+    for term in TERMS if a.peer == "peer" else ():
+        theirs = got["peer"][0]["losses"][term]
+        assert abs(mine["losses"][term] - theirs) <= (1e-4 if a.dtype == "fp32" else 2e-2) * abs(theirs), (
+            term, mine, theirs)
+    seconds, mib = ({side: statistics.median(one[key] for one in got[side]) for side in sides}
                     for key in ("seconds", "mib"))
-    ratios = [theirs["seconds"] / mine["seconds"] for mine, theirs in zip(got["ours"], got["peer"])]
-    print(f"{a.method} {a.dtype}, {a.records} records, {got['ours'][0]['tokens']} tokens: step ours "
-          f"{seconds['ours']:.2f} s, transformers {seconds['peer']:.2f} s, {statistics.median(ratios):.2f}x "
-          f"faster ({min(ratios):.2f} to {max(ratios):.2f}); peak memory {mib['ours']:.0f} against "
-          f"{mib['peer']:.0f} MiB, "
-          f"{mib['ours'] / mib['peer']:.2f}x; losses agree: "
-          + " ".join(f"{t} {got['ours'][0]['losses'][t]:.4f}" for t in TERMS))
+    done = run("work")
+    share = done["flops"] / seconds["ours"] / done["gemm"]
+    print(f"{a.method} {a.dtype}, {a.records} records, {mine['real']} tokens of prompts and answers, "
+          f"{mine['tokens']} with the English ones: {seconds['ours']:.2f} s, "
+          f"{mine['real'] / seconds['ours']:.0f} tokens/s, {mib['ours']:.0f} MiB; "
+          f"{done['flops'] / 1e12:.2f} TFLOP at {share:.0%} of {done['gemm'] / 1e9:.0f} GFLOP/s "
+          f"(copies {done['copy'] / 1e9:.1f} GB/s); losses "
+          + " ".join(f"{t} {v:.4f}" for t, v in mine["losses"].items()))
+    if a.device == "cuda":
+        flops = 6 * done["params"] + 12 * done["layers"] * done["width"] * mine["real"] / a.records
+        print(f"MFU on real tokens: {flops * mine['real'] / seconds['ours'] / a.peak_tflops / 1e12:.1%}")
+    if a.peer != "none":
+        ratios = [theirs["seconds"] / one["seconds"] for one, theirs in zip(got["ours"], got[a.peer])]
+        print(f"{a.peer}: {seconds[a.peer]:.2f} s, {mib[a.peer]:.0f} MiB: ours is {statistics.median(ratios):.2f} "
+              f"x as fast ({min(ratios):.2f} to {max(ratios):.2f}) in {mib['ours'] / mib[a.peer]:.2f} x the memory")
 
 
 if __name__ == "__main__":
