@@ -1,15 +1,16 @@
 """Our training step against what a user would write with transformers: same records, same objective, in turn.
 
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --method dft-logits --dtype fp32
-    python tests/bench.py --model DIR_WITH_TOKENIZER --shapes llama-2-7b --layers 4 --data zh.jsonl --device cuda
+    python tests/bench.py --model DIR --shapes llama-2-7b --layers 4 --data zh.jsonl --device cuda
 
-The peer runs one padded batch with output_hidden_states=True and dense cross-entropy on the logits of all
-places: one forward pass for the target-language answer, and for each inner logits loss one more, of the
+The peer runs padded batches of --peer_batch records, accumulating gradients (one batch of 32 records takes
+more than 24 GiB), with output_hidden_states=True and dense cross-entropy on the logits of all places: one
+forward pass for the target-language answer, and for each inner logits loss one more, of the
 prompt with the English text; for features, one without gradient of the English text. --peer liger is the same
 with Liger's kernels (--method tft, a GPU). Both sides use fused AdamW on fp32 weights, clip, and the same
-compute dtype. Sides take turns, A B A B, each as a process of its own; a step is timed after one on two
-records that warms up. The losses of the two must agree before anything is printed. Times of noisy machines
-are worth little: read the ratios.
+compute dtype. Sides take turns, A B A B, each as a process of its own; a step is timed after one on a
+quarter of the records that warms up. The losses of the two must agree before anything is printed. Times of
+noisy machines are worth little: read the ratios.
 
 Of our step it counts the operations of all matrix products and of attention, as they are carried out
 (torch's FlopCounterMode), measures the machine's rate on one large product in the same dtype and its rate of
@@ -40,7 +41,8 @@ from eval import DTYPES  # noqa: E402
 from model import CARRIED, Config  # noqa: E402
 
 # hidden, MLP, layers, heads, key/value heads, head size, vocabulary
-SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152), "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000),
+SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
+          "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000),
           "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000)}
 
 
@@ -92,7 +94,7 @@ def ours(s, config, method, records):
     return model, losses
 
 
-def peer(s, config, method, records, liger=False):
+def peer(s, config, method, records, batch=8, liger=False):
     """The same by transformers, as one writes it first."""
     if liger:
         from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
@@ -115,7 +117,8 @@ def peer(s, config, method, records, liger=False):
         ids, seen, labels = padded(pairs)
         with bf16:
             if liger:                                       # its fused loss, which needs no logits
-                return model(ids, attention_mask=seen, labels=labels).loss, None, labels, seen
+                loss = model(ids, attention_mask=seen, labels=labels).loss
+                return loss * (labels != -100).sum(), None, labels, seen
             out = model(ids, attention_mask=seen, output_hidden_states=True)
             if layer == L:
                 logits = out.logits
@@ -125,15 +128,25 @@ def peer(s, config, method, records, liger=False):
                 logits = F.linear(norm, model.lm_head.weight.detach())
                 cap = getattr(model.config, "final_logit_softcapping", None)
                 logits = cap * torch.tanh(logits / cap) if cap else logits
-        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten())
+        loss = F.cross_entropy(logits[:, :-1].float().flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
         return loss, out, labels, seen
 
     def pooled(x, mask):
         return (x.float() * mask[..., None]).sum(1) / mask.sum(1, keepdim=True)
 
     def losses(records):
-        mean = dict.fromkeys(TERMS, 0.0)
+        n, mean = len(records), dict.fromkeys(TERMS, 0.0)
+        counts = {key: sum(len(getattr(r, key) or ()) for r in records)
+                  for key in ("answer", "query_en", "answer_en")}
+        for a in range(0, n, batch):
+            for term, value in part(records[a:a + batch], n, counts).items():
+                mean[term] += value
+        return mean
+
+    def part(records, n, counts):
+        mean = {}
         loss, out, labels, seen = predict([(r.prompt, r.answer) for r in records], L)
+        loss = loss / counts["answer"]
         mean["tft"], parts = loss.detach(), [loss]
         answers = labels != -100
         if "feature" in (method.lc, method.et):
@@ -145,13 +158,13 @@ def peer(s, config, method, records, liger=False):
                                 pooled(out.hidden_states[i], seen.bool() & ~answers)),
                                ("et", pooled(h[L], answers_en),
                                 pooled(out.hidden_states[j], answers))):
-                parts.append((1 - F.cosine_similarity(a, b, dim=-1)).mean())
+                parts.append((1 - F.cosine_similarity(a, b, dim=-1)).sum() / n)
                 mean[term] = parts[-1].detach()
         sum(parts).backward()
         del out, parts, loss
         for term, layer, key in (("lc", i, "query_en"), ("et", j, "answer_en")):
             if method.signals().get(term) == "logits":
-                loss = predict([(r.prompt, getattr(r, key)) for r in records], layer)[0]
+                loss = predict([(r.prompt, getattr(r, key)) for r in records], layer)[0] / counts[key]
                 loss.backward()
                 mean[term] = loss.detach()
         return mean
@@ -163,7 +176,7 @@ def one_side(a):
     s, config, method, records = prepare(a)
     cuda = a.device == "cuda"
     model, losses = (ours(s, config, method, records) if a.side == "ours" else
-                     peer(s, config, method, records, a.side == "liger"))
+                     peer(s, config, method, records, a.peer_batch, a.side == "liger"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=0, weight_decay=0, fused=True)     # weights stay
 
     def step(records):
@@ -175,7 +188,7 @@ def one_side(a):
         if cuda:
             torch.cuda.synchronize()
         return mean, time.perf_counter() - began
-    step(records if cuda else records[:2])                  # a GPU should have met all shapes
+    step(records if cuda else records[:-(-len(records) // 4)])      # a GPU should have met all shapes
     mean, seconds = step(records)
     mib = (torch.cuda.max_memory_allocated() if cuda else
            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
@@ -193,8 +206,8 @@ def work(a):
         (B, H, T, h), S = q, k[2]
         return 4 * B * H * h * (T * (S - T) + T * (T + 1) // 2)
     aten, name = torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu"
-    counted = {getattr(aten, name): attention,
-               getattr(aten, name + "_backward"): lambda g, q, k, v, *rest, **more: attention(q, k, v) * 5 // 2}
+    counted = {getattr(aten, name): attention, getattr(aten, name + "_backward"):
+               lambda g, q, k, v, *rest, **more: attention(q, k, v) * 5 // 2}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         losses(records)
     x = torch.randn(2048 if s.device == "cpu" else 8192, 2048 if s.device == "cpu" else 8192,
@@ -231,6 +244,7 @@ def main():
     p.add_argument("--et_layer", type=int, default=14)
     p.add_argument("--repeats", type=int, default=2)
     p.add_argument("--peer", default="peer", choices=["peer", "liger", "none"])
+    p.add_argument("--peer_batch", type=int, default=8)
     p.add_argument("--shapes", choices=SHAPES)
     p.add_argument("--layers", type=int)
     p.add_argument("--micro_batch_tokens", type=int, default=4096)
@@ -274,8 +288,9 @@ def compare(a):
         print(f"MFU on real tokens: {flops * mine['real'] / seconds['ours'] / a.peak_tflops / 1e12:.1%}")
     if a.peer != "none":
         ratios = [theirs["seconds"] / one["seconds"] for one, theirs in zip(got["ours"], got[a.peer])]
-        print(f"{a.peer}: {seconds[a.peer]:.2f} s, {mib[a.peer]:.0f} MiB: ours is {statistics.median(ratios):.2f} "
-              f"x as fast ({min(ratios):.2f} to {max(ratios):.2f}) in {mib['ours'] / mib[a.peer]:.2f} x the memory")
+        print(f"{a.peer}: {seconds[a.peer]:.2f} s, {mib[a.peer]:.0f} MiB: ours is "
+              f"{statistics.median(ratios):.2f} x as fast ({min(ratios):.2f} to {max(ratios):.2f}) in "
+              f"{mib['ours'] / mib[a.peer]:.2f} x the memory")
 
 
 if __name__ == "__main__":

@@ -118,14 +118,13 @@ def test_fertility_counts_tokens_by_sentence_and_letter_and_to_english(tmp_path,
 def test_two_models_are_drawn_on_one_picture(tmp_path, demo_data):
     matplotlib = pytest.importorskip("matplotlib", reason="pictures need matplotlib: pip install matplotlib")
     sizes = []
-    for task, data in (("lens", demo_data), ("align", flores(tmp_path / "f"))):
-        for models in ([DEMO], [DEMO, DEMO]):
-            path = str(tmp_path / f"{task}{len(models)}.png")
-            main(["--model", *models, "--task", task, "--data", data, "--limit", "4", "--plot", path])
-            image = matplotlib.image.imread(path)
-            sizes.append(image.shape[:2])
-            assert image[..., :3].std() > 0.05 and os.path.getsize(path) < 200_000
-    assert sizes[1] == (2 * sizes[0][0], sizes[0][1]) and sizes[2:] == sizes[:2]
+    for task, data, models in (("lens", demo_data, [DEMO, DEMO]), ("align", flores(tmp_path / "f"), [DEMO])):
+        path = str(tmp_path / f"{task}.png")
+        main(["--model", *models, "--task", task, "--data", data, "--limit", "4", "--plot", path])
+        image = matplotlib.image.imread(path)
+        sizes.append(image.shape[:2])
+        assert image[..., :3].std() > 0.05 and os.path.getsize(path) < 200_000
+    assert sizes[0] == (2 * sizes[1][0], sizes[1][1])
 
 
 @pytest.mark.parametrize("arguments, said", [
@@ -257,6 +256,19 @@ def test_the_papers_numbers_stand_beside_llama2_7b_alone(tmp_path, capsys):
     assert said.rstrip().splitlines()[-3:][0] == "| ours | 50.00 |", "it has none for FLORES"
 
 
+def test_questions_to_models_that_we_tuned_stand_in_the_alpaca_template(tmp_path):
+    tuned = tmp_path / "run" / "model"
+    tuned.parent.mkdir()
+    tuned.symlink_to(DEMO)
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    (tmp_path / "q.jsonl").write_text("{}")
+    for more, model, task, expected in (
+            ([], tuned, "mkqa", "alpaca"), ([], DEMO, "mkqa", "none"), ([], tuned, "xcopa", "none"),
+            (["--template", "none"], tuned, "mkqa", "none"), (["--template", "alpaca"], DEMO, "mkqa", "alpaca")):
+        args = evaluation.parse(["--model", str(model), *more])
+        assert evaluation.setting(args, str(model), task, "zh", [str(tmp_path / "q.jsonl")])["template"] == expected
+
+
 @pytest.mark.parametrize("text, said", [
     ("out = ", "Invalid value"), ("[models]\na = 'b'", "'tasks'"), ("out = 'x'\n[models]\na = 'b'\n[tasks]\nsquad.zh = 'x'",
                                                                     "tasks squad; known: xnli"),
@@ -280,3 +292,14 @@ def test_every_line_typed_is_answered_letter_by_letter(monkeypatch, capsys):
     with pytest.raises(StopIteration):
         main(["--model", DEMO, "--template", "alpaca"])
     assert "".join(pieces).split("\n")[:2] == expected and len(pieces) > 4
+
+
+def test_half_a_character_is_not_shown(monkeypatch, capsys):
+    pieces = Tokenizer(load(DEMO).config).sp
+    ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in "欧元".encode()]
+    assert len(set(ids)) > 4 and pieces.unk_id() not in ids
+    monkeypatch.setattr(evaluation, "decode", lambda *_: ([(0, token)] for token in ids))
+    shown = []
+    monkeypatch.setattr("builtins.print", lambda *a, **more: shown.append(a) if "end" in more else None)
+    main(["--model", DEMO, "--prompt", "x"])
+    assert [text for text, in shown] == ["欧", "元"]

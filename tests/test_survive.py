@@ -135,7 +135,7 @@ def test_a_checkpoint_written_late_holds_the_step_at_which_it_was_asked_for(stra
     assert late == [True]
     run, other = (load_file(out / "checkpoints/step-000004/shard-00001-model-00002-of-00007.safetensors")
                   for out in (tmp_path / "run", straight))
-    assert all((run[name] - other[name]).abs().max() < 1e-6 for name in other)      # a step moves 1e-4
+    assert all((run[name] - other[name]).abs().max() < 1e-5 for name in other)      # a step moves 1e-4
 
 
 def test_replicas_and_host_memory_compute_the_same_run(straight, demo_data, tmp_path):
