@@ -419,14 +419,17 @@ def test_a_folder_that_vanished_is_an_error_and_not_made_anew(demo_data, tmp_pat
 
 
 def test_memory_that_runs_out_names_the_micro_batch_and_what_lowers_it(demo_data, tmp_path):
-    """One prompt of 400,000 tokens, whose mask would take 160 GB, comes in the fourth step."""
+    """One prompt of 20,000 tokens comes in the fourth step, and there is 1 GiB left for it."""
     lines = Path(demo_data).read_text(encoding="utf-8").split("\n")
     at = batch_of(3, 40, 10, 0)[0]
-    lines[at] = json.dumps({**json.loads(lines[at]), "input": "a 1 " * 100_000})
+    lines[at] = json.dumps({**json.loads(lines[at]), "input": "a 1 " * 5_000})
     data, out = tmp_path / "long.jsonl", tmp_path / "run"
     data.write_text("\n".join(lines), encoding="utf-8")
     run = Run(command(out, data, "--max_length", 10 ** 6, "--steps", 4, "--batch_size", 10, "--save_every", 1))
-    resource.prlimit(run.pid, resource.RLIMIT_AS, (2 ** 36, 2 ** 36))
+    run.until("run  ")
+    pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[0])
+    room = pages * resource.getpagesize() + 2 ** 30
+    resource.prlimit(run.pid, resource.RLIMIT_AS, (room, room))
     one_line_that_names(3, run.end(), out)
     assert "out of memory in a micro-batch of 1 records and " in run.stderr
     assert "--micro_batch_tokens below 4096" in run.stderr
