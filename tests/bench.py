@@ -8,9 +8,9 @@ more than 24 GiB), with output_hidden_states=True and dense cross-entropy on the
 forward pass for the target-language answer, and for each inner logits loss one more, of the
 prompt with the English text; for features, one without gradient of the English text. --peer liger is the same
 with Liger's kernels (--method tft, a GPU). Both sides use fused AdamW on fp32 weights, clip, and the same
-compute dtype. Sides take turns, A B A B, each as a process of its own; a step is timed after one on a
-quarter of the records that warms up. The losses of the two must agree before anything is printed. Times of
-noisy machines are worth little: read the ratios.
+compute dtype. Sides take turns, A B A B, each as a process of its own; a step is timed after an equal one
+that warms up. The losses of the two must agree before anything is printed. Times of noisy machines are worth
+little: read the ratios.
 
 Of our step it counts the operations of all matrix products and of attention, as they are carried out
 (torch's FlopCounterMode), measures the machine's rate on one large product in the same dtype and its rate of
@@ -188,7 +188,7 @@ def one_side(a):
         if cuda:
             torch.cuda.synchronize()
         return mean, time.perf_counter() - began
-    step(records if cuda else records[:-(-len(records) // 4)])      # a GPU should have met all shapes
+    step(records)                           # memory is taken from the system, and a GPU has met all shapes
     mean, seconds = step(records)
     mib = (torch.cuda.max_memory_allocated() if cuda else
            resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024) / 2 ** 20
