@@ -53,7 +53,7 @@ import torch
 import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import KEYS, Tokenizer, make_records, need, prompt_text, read_rows, read_text
+from data import KEYS, Tokenizer, make_records, need, prompt_text, read_parallel, read_rows, read_text
 from dft import choose_layers, lens, pool
 from model import (Config, InputError, Tokens, Transformer, decode, generate, load, read_json,
                    write_json)
@@ -270,9 +270,9 @@ def translation(lines: list, lang: str) -> dict:
     except ImportError:
         say("note      no BLEU: sacrebleu is not installed")
         return scores
-    words = "zh" if lang.endswith("zh") else "13a"
-    bleu = sacrebleu.corpus_bleu(texts, [golds], tokenize=words).score / 100
-    return dict(**scores, bleu=dict(mean=bleu, n=len(lines), tokenizer=words))
+    split = "zh" if lang.endswith("zh") else "13a"          # its default, 13a, does not split Chinese
+    bleu = sacrebleu.corpus_bleu(texts, [golds], tokenize=split).score / 100
+    return dict(**scores, bleu=dict(mean=bleu, n=len(lines), tokenizer=split))
 
 
 # task: (its item, its score, its split, how many items were published in each language)
@@ -325,6 +325,8 @@ def read_task(data: list, task: str, lang: str) -> list:
     path, items = data[0], []
     if lang not in TASKS[task][3]:
         raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task][3])}")
+    if len(data) > 1 and task != "flores":
+        raise InputError(f"{data[1]}: {task} takes one file, or a folder of files")
     for file in [path] if task == "flores" else files_of(path):
         if task == "flores":
             texts = read_sentences(data, lang.replace("en", "").strip("-"))
@@ -464,7 +466,7 @@ def log_likelihoods(model: Transformer, pairs: list, budget: int = 4096) -> list
         n, context, begin, group = row
         return len(context) + len(begin) + sum(len(pairs[n][1][c]) - len(begin) for c in group)
     rows.sort(key=size, reverse=True)
-    batches = [[]]
+    batches = [[]] if rows else []                          # a rank may have no item
     for row in rows:
         if batches[-1] and sum(map(size, batches[-1])) + size(row) > budget:
             batches.append([])
@@ -662,7 +664,7 @@ def lens_of(folder: str, a) -> dict:
     of the first token of the English answer and of the target-language one, where they differ (the English
     pivot of Wendler et al. 2024); and "map", the entropies of the first query, (L + 1, tokens)."""
     model = load(folder, DTYPES[a.dtype], pick_device(a.device))
-    rows = [(place, row) for place, row in read_rows(a.data)
+    rows = [(place, row) for place, row in read_parallel(a.data, a.data_en)
             if a.lang in (None, row.get("lang", a.lang)) and "output_en" in row]
     if not rows:
         raise InputError(f"{a.data}: no record with instruction_en, input_en and output_en"
@@ -779,17 +781,18 @@ def align_task(a) -> None:
     found, flat = [], []
     for folder in a.model:
         model = load(folder, DTYPES[a.dtype], pick_device(a.device))
+        L = model.config.num_layers
+        layer = a.layer if a.layer is not None else max(1, round(15 / 32 * L))
+        if not 0 <= layer <= L:
+            raise InputError(f"--layer {layer}: {folder} has layers 0 to {L}")
         both = [vectors(model, sentences[side][:a.limit]) for side in (lang, "en")]
         cos = F.normalize(both[0], dim=-1) @ F.normalize(both[1], dim=-1).transpose(1, 2)      # (L + 1, n, n)
         n, place = cos.shape[1], torch.arange(cos.shape[1])
         true = cos.diagonal(dim1=1, dim2=2).mean(1)
         random = (cos.sum((1, 2)) - n * true) / max(1, n * n - n)
-        found.append(dict(model=folder, sentences=n, true=true.tolist(), random=random.tolist(),
+        found.append(dict(model=folder, sentences=n, layer=layer, true=true.tolist(), random=random.tolist(),
                           to_english=(cos.argmax(2) == place).float().mean(1).tolist(),
                           from_english=(cos.argmax(1) == place).float().mean(1).tolist()))
-        layer = a.layer if a.layer is not None else max(1, round(15 / 32 * model.config.num_layers))
-        if layer >= len(cos):
-            raise InputError(f"--layer {layer}: {folder} has layers 0 to {len(cos) - 1}")
         flat.append(F.normalize(torch.cat([v[layer] for v in both]), dim=-1))                   # (2n, D)
         print(f"{folder}: {n} sentences in {lang} and English\n")
         by_layer({"cosine of translations": found[-1]["true"], "of other pairs": found[-1]["random"],
@@ -800,7 +803,7 @@ def align_task(a) -> None:
             spots, method = project(x)
             for part, name, style in zip((spots[:n], spots[n:]), (lang, "English"), STYLES):
                 left.plot(*part.T, label=name, ms=3, **style | dict(ls=""))
-            left.set(xlabel=f"{method} 1", ylabel=f"{method} 2", title=f"sentences, layer {layer}\n")
+            left.set(xlabel=f"{method} 1", ylabel=f"{method} 2", title=f"sentences, layer {f['layer']}\n")
             left.legend()
             curves(middle, "nearness", "cosine", {"translations": f["true"], "other pairs": f["random"]})
             curves(right, "retrieval of translations", "share that is found",
@@ -915,7 +918,7 @@ def parse(argv=None):
     p.add_argument("--max_new_tokens", type=int, default=256, help="longest answer to a prompt (default 256)")
     p.add_argument("--data", metavar="FILE", help="of --task, the official file; without --task, JSONL of "
                    "instruction, input, output, lang: exact match by language")
-    p.add_argument("--data_en", metavar="FILE", help="of flores, align, fertility: the English sentences")
+    p.add_argument("--data_en", metavar="FILE", help="of flores and the looks inside: the English side")
     p.add_argument("--task", choices=[*TASKS, *LOOKS], help="a benchmark, or a look inside")
     p.add_argument("--suite", metavar="FILE", help="run what this TOML file lists, see above")
     p.add_argument("--lang", help="the task's language: en, zh, vi or ar (default en; of lens: all)")

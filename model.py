@@ -222,8 +222,8 @@ def strand_mask(trunk: int, size: int, window, device):
     trunk ends; None stands for plain causal attention, which needs no mask."""
     if not trunk and (window is None or size <= window):
         return None
-    back = torch.arange(trunk, trunk + size)[:, None] - torch.arange(trunk + size)
-    return ((back >= 0) & (back < (window or torch.inf))).to(device)        # how far back each key lies
+    back = torch.arange(trunk, trunk + size)[:, None] - torch.arange(trunk + size)      # how far a key lies
+    return ((back >= 0) & (back < (window or torch.inf))).to(device)
 
 
 def rotation(config: Config, pos, device):

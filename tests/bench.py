@@ -47,7 +47,8 @@ SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
 
 
 def random_model(a, folder):
-    """A folder of random weights of --shapes, --layers deep, with the tokenizer of --model."""
+    """A folder of random weights of --shapes, --layers deep, with the tokenizer of --model, which must be of
+    that vocabulary."""
     from transformers import Gemma2Config, Gemma2ForCausalLM, LlamaConfig, LlamaForCausalLM
     D, M, L, H, K, h, V = SHAPES[a.shapes]
     own = json.loads((Path(a.model) / "config.json").read_text())

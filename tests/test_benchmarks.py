@@ -122,6 +122,10 @@ def test_choices_as_branches_score_as_choices_one_by_one(family, name):
             assert a == pytest.approx(b, abs=1e-3)
 
 
+def test_a_rank_without_items_has_nothing_to_score(family):
+    assert evaluation.log_likelihoods(load(family("smollm2")), []) == []
+
+
 def test_equal_choices_tie_exactly(family):
     model, (context, a, b) = load(family("smollm2")), ([1, 5, 6], [7, 8, 9], [10])
     found, = evaluation.log_likelihoods(model, [(context, [a, b, a, b, a])])

@@ -135,6 +135,7 @@ def test_two_models_are_drawn_on_one_picture(tmp_path, demo_data):
     (["--task", "fertility", "--data", "{}/zho_Hans.devtest", "--data_en", "{}/gone"], "gone: No such file"),
     (["--task", "lens"], "--task lens needs --data FILE"), (["--task", "xnli", "--data", "x", "--plot", "y"], "--plot"),
     (["{}", "--task", "mkqa", "--data", "x"], "--model has 2 folders"), (["--limit", "0"], "--limit is 0"),
+    (["--task", "xcopa", "--data", "{}", "--data_en", "{}"], "xcopa takes one file"),
     (["--suite", "x"], "give --model DIR, or --suite FILE"),
     (["--task", "xcopa", "--lang", "ar", "--data", "{}"], "--lang ar: xcopa has zh, vi"),
     (["--task", "flores", "--lang", "zh", "--data", "{}"], "--lang zh: flores has en-zh"),
