@@ -34,7 +34,8 @@ import torch.nn.functional as F
 from model import Tokens, Transformer, cap
 
 TERMS = ("tft", "lc", "et")
-CHUNK = 2 ** 25         # logits held at a time, 128 MiB in fp32: 1,048 tokens of LLaMA-2's 32,000 pieces
+CHUNK = 2 ** 25         # logits held at a time, 128 MiB in fp32: 1,048 tokens of LLaMA-2's 32,000 pieces,
+LEAST = 512             # but of so many tokens at least: each chunk reads and writes all of dL/dW once
 
 
 @dataclass
@@ -156,7 +157,12 @@ class DFT(nn.Module):
 
     def __init__(self, model: Transformer, method: Method):
         super().__init__()
-        self.model, self.method = model, method
+        self.model, self.method, self.score = model, method, score
+
+    def compile_parts(self, flex: bool) -> None:
+        """Layers and loss by torch.compile; see Transformer.compile_layers."""
+        self.model.compile_layers(flex)
+        self.score = torch.compile(score, dynamic=True)
 
     def forward(self, batch) -> dict:
         """Batch -> {term: the sum of its losses, a scalar in fp32}; (Tokens, places, ids) -> see lens."""
@@ -193,7 +199,8 @@ class DFT(nn.Module):
         if self.method.lens_norm or not frozen:
             x = self.model.norm(x, frozen=frozen)
         weight = self.model.head_weight.detach() if frozen else self.model.head_weight
-        return cross_entropy(x, weight.to(x.dtype), targets.to(x.device), self.model.config.final_cap)
+        return cross_entropy(x, weight.to(x.dtype), targets.to(x.device), self.model.config.final_cap,
+                             self.score)
 
 
 def pool(x, places, owner):
@@ -203,14 +210,29 @@ def pool(x, places, owner):
     return x.new_zeros(len(count), x.shape[1]).index_add(0, owner, x) / count[:, None]
 
 
-def cross_entropy(x, weight, targets, limit: float | None = None):
+def score(logits, targets, limit: float | None, slope: bool):
+    """Logits (c, V) before their cap, targets (c, 1) -> the sum of -log softmax(cap(logits))[target], in
+    fp32, and with `slope` its gradient for the logits, (c, V) in their dtype, else None."""
+    z = cap(logits.float(), limit)
+    logp = z.log_softmax(-1)
+    loss = -logp.gather(1, targets).sum()
+    if not slope:
+        return loss, None
+    one_hot = torch.arange(z.shape[1], device=z.device) == targets                                  # (c, V)
+    g = logp.exp_().sub_(one_hot.byte())
+    if limit:                                           # d cap(z) / dz = 1 - tanh(z / limit)^2
+        g = g * (1 - (z / limit) ** 2)
+    return loss, g.to(logits.dtype)
+
+
+def cross_entropy(x, weight, targets, limit: float | None = None, score=score):
     """Sum over tokens of -log softmax(cap(x W^T))[target], a scalar in fp32, without ever holding all logits.
 
     x (n, D) and weight (V, D) of one dtype, targets (n,) int64, limit: the soft cap on logits, or None.
     Nothing to score gives 0 with a graph. A weight that requires no gradient costs no buffer for one.
     """
     grads = torch.is_grad_enabled() and x.requires_grad, torch.is_grad_enabled() and weight.requires_grad
-    return FusedCrossEntropy.apply(x, weight, targets, limit, *grads)
+    return FusedCrossEntropy.apply(x, weight, targets, limit, score, *grads)
 
 
 class FusedCrossEntropy(torch.autograd.Function):
@@ -218,22 +240,14 @@ class FusedCrossEntropy(torch.autograd.Function):
     while the logits are there; backward only scales it. Three products in all, as in dense cross-entropy."""
 
     @staticmethod
-    def forward(ctx, x, weight, targets, limit, x_grad, weight_grad):
-        chunk, total = max(1, CHUNK // len(weight)), torch.zeros((), device=x.device)
+    def forward(ctx, x, weight, targets, limit, score, x_grad, weight_grad):
+        chunk, total = max(LEAST, CHUNK // len(weight)), torch.zeros((), device=x.device)
         ctx.dx = torch.empty_like(x) if x_grad else None
         ctx.dw = torch.zeros_like(weight) if weight_grad else None
         for a in range(0, len(x), chunk):
             part, target = x[a:a + chunk], targets[a:a + chunk, None]                        # (c, D), (c, 1)
-            logits = cap((part @ weight.T).float(), limit)                                          # (c, V)
-            logp = logits.log_softmax(-1)
-            total -= logp.gather(1, target).sum()
-            if not (x_grad or weight_grad):
-                continue
-            g = logp.exp_()                                         # softmax - one-hot: the logits' gradient
-            g.scatter_add_(1, target, torch.full_like(g[:, :1], -1))
-            if limit:                                               # d cap(z) / dz = 1 - tanh(z / cap)^2
-                g *= 1 - (logits / limit) ** 2
-            g = g.to(x.dtype)
+            loss, g = score(part @ weight.T, target, limit, x_grad or weight_grad)               # g: (c, V)
+            total += loss
             if x_grad:
                 torch.mm(g, weight, out=ctx.dx[a:a + chunk])
             if weight_grad:
@@ -244,7 +258,7 @@ class FusedCrossEntropy(torch.autograd.Function):
     def backward(ctx, scale):
         dx, dw = (None if d is None else d.mul_(scale) for d in (ctx.dx, ctx.dw))   # in place: they are large
         del ctx.dx, ctx.dw                              # so a second backward fails instead of scaling twice
-        return dx, dw, None, None, None, None
+        return dx, dw, None, None, None, None, None
 
 
 # ------------------------------------------------------------------------------------------- which layers

@@ -22,6 +22,7 @@ import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch.distributed.tensor import DTensor
+from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
 
@@ -198,13 +199,18 @@ class Stage:
 
     For attention they are strands. A row's first strand is its trunk and the first of its branches, one
     causal sequence; every other branch is a strand that sees the `trunks` first tokens of that one, and
-    itself. So no score is computed that a mask would then strike out."""
+    itself. So no score is computed that a mask would then strike out. With `flex` they are one sequence of
+    all rows, and `masks` says which blocks of it are computed (see block_mask)."""
 
-    def __init__(self, tokens: Tokens, first: int, config: Config, device, cache=None):
+    def __init__(self, tokens: Tokens, first: int, config: Config, device, cache=None, flex=False):
         self.keep = (tokens.depth >= first).nonzero().squeeze(1)            # (n,) flat places, on the CPU
         pos, row, seg = (t[self.keep] for t in (tokens.pos, tokens.row, tokens.seg))
         self.cos, self.sin = rotation(config, pos, device)                  # (n, 1, h) each
-        self.sizes, self.trunks = [], []                                    # of each strand
+        self.cache, self.sizes, self.trunks = cache, [], []                 # the latter of each strand
+        if flex:
+            self.masks = {window: block_mask(pos, row, seg, window, device)
+                          for window in set(config.windows)}                # window -> a mask for all rows
+            return
         for r in row.unique():
             trunk, *branches = torch.unique_consecutive(seg[row == r], return_counts=True)[1].tolist()
             self.sizes += [trunk + sum(branches[:1]), *branches[1:]]
@@ -212,7 +218,7 @@ class Stage:
         self.masks = {window: [strand_mask(trunk, size, window, device)
                                for trunk, size in zip(self.trunks, self.sizes)]
                       for window in set(config.windows)}                    # window -> a mask for each strand
-        self.pos, self.cache = pos.to(device), cache
+        self.pos = pos.to(device)
         if cache is not None:                                               # which prompt's keys they are
             self.slot = (cache.first[row] + (seg - 1).clamp(min=0)).to(device)
 
@@ -224,6 +230,29 @@ def strand_mask(trunk: int, size: int, window, device):
         return None
     back = torch.arange(trunk, trunk + size)[:, None] - torch.arange(trunk + size)      # how far a key lies
     return ((back >= 0) & (back < (window or torch.inf))).to(device)
+
+
+def block_mask(pos, row, seg, window, device) -> BlockMask:
+    """Which of n tokens of positions, rows and segments (n,) see which, for FlexAttention: 128 x 128 blocks
+    to compute, and the rule within them. The tokens are padded to a power of two, so that few sizes occur and
+    soon no kernel is compiled anew; each that is added is a row of its own."""
+    n, size, block = len(pos), max(128, 1 << (len(pos) - 1).bit_length()), 128
+    row = torch.cat((row, row.new_tensor(range(-size, -n))))
+    pos, seg = (F.pad(t, (0, size - n)) for t in (pos, seg))
+    begins = torch.cat((row.new_tensor([True], dtype=torch.bool), row.diff() != 0))
+    begin = (torch.arange(size) * begins).cummax(0).values                 # where each token's row begins
+    # A block of queries needs the blocks of keys from where its first query's row begins up to itself.
+    last = torch.arange(size // block)
+    low = begin[::block] // block
+    spans = torch.minimum(low[:, None] + last, last[:, None])               # (blocks, blocks)
+    pos, row, seg = (t.to(device) for t in (pos, row, seg))
+
+    def sees(batch, head, query, key):
+        back = pos[query] - pos[key]
+        return (row[query] == row[key]) & ((seg[key] == 0) | (seg[key] == seg[query])) & (
+            key <= query) & (back < (window or size))
+    return BlockMask.from_kv_blocks(*(t[None, None].int().to(device) for t in (last - low + 1, spans)),
+                                    BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
 
 
 def rotation(config: Config, pos, device):
@@ -246,7 +275,7 @@ class Transformer(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.config, self.compute_dtype = config, None
+        self.config, self.compute_dtype, self.flex = config, None, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.layers = nn.ModuleList(Layer(config, k) for k in range(config.num_layers))
         self.norm = RMSNorm(config)
@@ -268,7 +297,7 @@ class Transformer(nn.Module):
         out = {0: x} if 0 in taps else {}
         top, below = max(taps), 0
         for last in sorted({d for d in tokens.depth.tolist() if 0 < d < top} | ({top} - {0})):
-            stage = Stage(tokens, below + 1, self.config, x.device, cache)
+            stage = Stage(tokens, below + 1, self.config, x.device, cache, self.flex)
             if len(stage.keep) < len(x):                    # those whose depth is reached leave the stream
                 x = x[tokens.at(stage.keep, below).to(x.device)]
             for k in range(below + 1, last + 1):
@@ -277,6 +306,17 @@ class Transformer(nn.Module):
                     out[k] = x
             below = last
         return out
+
+    def compile_layers(self, flex: bool) -> None:
+        """Let torch.compile fuse what is element by element, and with `flex` (GPUs: it has no backward on
+        CPUs) FlexAttention do all rows at once. One compilation serves all layers and numbers of tokens."""
+        torch._dynamo.config.recompile_limit = 64           # kinds of layers, gradient or not, masks' sizes
+        self.flex = flex
+        attend = torch.compile(flex_attention, dynamic=False) if flex else None
+        for layer in self.layers:
+            layer.self_attn.flex_attention = attend
+            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
+            layer.block = torch.compile(layer.block, dynamic=True)
 
     def embed(self, ids):
         """Token ids (N,) -> (N, D) in the compute dtype."""
@@ -323,31 +363,43 @@ class Attention(nn.Module):
 
     def __init__(self, config: Config, index: int):
         super().__init__()
-        self.config, self.index = config, index
+        self.config, self.index, self.window = config, index, config.windows[index]
+        self.flex_attention = flex_attention            # or compiled; as it is, it holds all scores
         D, H, K, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
         self.q_proj, self.o_proj = Linear(D, H * h), Linear(H * h, D)
         self.k_proj, self.v_proj = Linear(D, K * h), Linear(D, K * h)
 
     def forward(self, x, stage: Stage):                                     # (n, D) -> (n, D)
-        c, masks = self.config, stage.masks[self.config.windows[self.index]]
+        c = self.config
         q = rotate(self.q_proj(x).view(-1, c.num_heads, c.head_dim), stage)         # (n, H, h)
         k = rotate(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), stage)      # (n, K, h)
         v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)                     # (n, K, h)
+        return self.o_proj(self.attend(q, k, v, stage).reshape(len(x), -1))
+
+    def attend(self, q, k, v, stage: Stage):
+        """q (n, H, h), k and v (n, K, h) of all rows -> (n, H, h)."""
+        c, masks, n = self.config, stage.masks[self.window], len(q)
         if stage.cache is not None:
             stage.cache.put(self.index, stage, k, v)
         if isinstance(stage, Step):     # one new token a row, against all that the cache holds of that row
             k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))
-            out = attend(q[:, :, None], k, v, masks, c)     # q (R, H, 1, h), k and v (R, K, S, h)
-        else:                           # strand by strand: no padding, and no token sees another row
-            out, strands = [], (t.transpose(0, 1)[None].split(stage.sizes, dim=2) for t in (q, k, v))
-            for q, k, v, trunk, mask in zip(*strands, stage.trunks, masks):             # (1, H or K, T, h)
-                if trunk:
-                    k, v = (torch.cat((whole[:, :, :trunk], t), 2) for whole, t in zip(first, (k, v)))
-                else:
-                    first = k, v
-                out.append(attend(q, k, v, mask, c))
-            out = torch.cat(out, dim=2)[0].transpose(0, 1)                                  # (n, H, h)
-        return self.o_proj(out.reshape(len(x), -1))
+            return attend(q[:, :, None], k, v, masks, c)    # q (R, H, 1, h), k and v (R, K, S, h)
+        if isinstance(masks, BlockMask):                    # a GPU in training: all rows at once
+            def capped(score, batch, head, query, key):
+                return cap(score, c.attn_cap)
+            q, k, v = (F.pad(t.transpose(0, 1)[None], (0, 0, 0, masks.shape[-1] - n)) for t in (q, k, v))
+            out = self.flex_attention(q, k, v, capped if c.attn_cap else None, masks, c.attn_scale,
+                                      enable_gqa=q.shape[1] != k.shape[1])
+            return out[0, :, :n].transpose(0, 1)
+        # Strand by strand: no padding, and no token sees another row.
+        out, strands = [], (t.transpose(0, 1)[None].split(stage.sizes, dim=2) for t in (q, k, v))
+        for q, k, v, trunk, mask in zip(*strands, stage.trunks, masks):                 # (1, H or K, T, h)
+            if trunk:
+                k, v = (torch.cat((whole[:, :, :trunk], t), 2) for whole, t in zip(first, (k, v)))
+            else:
+                first = k, v
+            out.append(attend(q, k, v, mask, c))
+        return torch.cat(out, dim=2)[0].transpose(0, 1)
 
 
 def rotate(x, stage: Stage):

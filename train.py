@@ -19,6 +19,7 @@ A run that died, or got SIGTERM or SIGUSR1, goes on from OUT/checkpoints when th
 """
 import argparse
 import contextlib
+import ctypes
 import dataclasses
 import datetime
 import fcntl
@@ -47,7 +48,7 @@ from tqdm import tqdm
 
 from data import (Record, Tokenizer, batch_of, fingerprint, make_records, micro_batches, read_parallel,
                   steps_per_epoch)
-from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out, size_of
+from dft import CHUNK, DFT, LEAST, TERMS, Method, choose_layers, lay_out, size_of
 from eval import DTYPES, compare, pick_device, read_questions
 from model import (Config, InputError, Tokens, Transformer, fill, fitting, own_rows, read_json, save,
                    write_json)
@@ -63,8 +64,8 @@ warnings.filterwarnings("ignore", "torch.distributed is disabled")     # checkpo
 PLANNING = ("dry_run", "world_size", "gpu_memory", "peak_tflops", "mfu")
 # What may differ when a run goes on: places, and how it is computed. (steps and data have keys of their own.)
 FREE = ("model", "data", "data_en", "test", "out", "epochs", "device", "ranks", "replicas", "cpu_offload",
-        "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "save_every", "keep", "save_async",
-        "resume")
+        "compile", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps", "save_every", "keep",
+        "save_async", "resume")
 
 
 # ------------------------------------------------------------------------------------------- settings
@@ -118,6 +119,8 @@ def settings(argv=None) -> argparse.Namespace:
         metavar="DIR")
     add("--device", "auto", "auto takes CUDA where there is some", choices=["auto", "cpu", "cuda"])
     add("--dtype", "bf16", "of the computation; master weights and Adam are fp32 anyway", choices=DTYPES)
+    add("--compile", "auto", "layers and loss by torch.compile, attention by FlexAttention where there is a "
+        "GPU: slow to start, fast then; auto: on a GPU", choices=["auto", "yes", "no"])
     add("--micro_batch_tokens", 4096, "tokens on a GPU at once; less takes less memory for the same result")
     add("--activation_checkpointing", False, "layers are computed again in backward: more time, less memory")
     add("--cpu_offload", False, "weights, gradients and Adam stay in host memory: slower; needs torchrun")
@@ -357,6 +360,10 @@ class Ranks:
 def start(a) -> Ranks:
     """Where this process stands; under torchrun, with process groups."""
     kind = pick_device(a.device)
+    if kind == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        # glibc gives large blocks back to the system, which clears every page of them when they are taken
+        # again: a fifth of a step. So: no blocks by mmap (M_MMAP_MAX), nothing given back (M_TRIM_THRESHOLD).
+        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
     torch.manual_seed(a.seed + int(os.environ.get("RANK", 0)))
     if "RANK" not in os.environ:
         if a.replicas > 1 or a.cpu_offload:
@@ -391,6 +398,8 @@ def build(config: Config, method: Method, a, ranks: Ranks) -> DFT:
     model.model.compute_dtype = DTYPES[a.dtype]
     for layer in model.model.layers:
         layer.checkpointing = a.activation_checkpointing
+    if a.compile == "yes" or a.compile == "auto" and ranks.device.type == "cuda":
+        model.compile_parts(flex=ranks.device.type == "cuda")
     if ranks.group:
         mesh = init_device_mesh(ranks.device.type, (a.replicas, ranks.world // a.replicas),
                                 mesh_dim_names=("replica", "shard"))
@@ -718,7 +727,7 @@ def plan(a, config: Config, method: Method) -> str:
         f"gradients before their sum, {a.dtype}: embedding, head, 1 layer": copies * low * (root + layer),
         f"activations of {a.micro_batch_tokens:,} tokens": passing * (
             L * low * D + kept if a.activation_checkpointing else L * kept),
-        "logits of a chunk": (4 + 4 + low) * CHUNK,
+        "logits of a chunk": (4 + 4 + low) * max(CHUNK, LEAST * V),
     }
     need = sum(memory.values()) / 1e9
     return "\n".join([
