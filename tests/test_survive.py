@@ -446,7 +446,8 @@ from dft import Method
 from model import Config, save
 
 def build(folder):
-    a = Namespace(model=folder, dtype="fp32", activation_checkpointing=False, cpu_offload=False, replicas=1)
+    a = Namespace(model=folder, dtype="fp32", activation_checkpointing=False, cpu_offload=False, replicas=1,
+                  compile="no")
     return train.build(Config.read(folder), Method("none", "none"), a, ranks)
 
 def growth(action):
