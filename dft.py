@@ -34,8 +34,7 @@ import torch.nn.functional as F
 from model import Tokens, Transformer, cap
 
 TERMS = ("tft", "lc", "et")
-CHUNK = 2 ** 25         # logits held at a time, 128 MiB in fp32: 1,048 tokens of LLaMA-2's 32,000 pieces,
-LEAST = 512             # but of so many tokens at least: each chunk reads and writes all of dL/dW once
+CHUNK = 2 ** 25         # logits held at a time, 128 MiB in fp32: 1,048 tokens of LLaMA-2's 32,000 pieces
 
 
 @dataclass
@@ -241,7 +240,7 @@ class FusedCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, targets, limit, score, x_grad, weight_grad):
-        chunk, total = max(LEAST, CHUNK // len(weight)), torch.zeros((), device=x.device)
+        chunk, total = max(1, CHUNK // len(weight)), torch.zeros((), device=x.device)
         ctx.dx = torch.empty_like(x) if x_grad else None
         ctx.dw = torch.zeros_like(weight) if weight_grad else None
         for a in range(0, len(x), chunk):

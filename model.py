@@ -391,15 +391,16 @@ class Attention(nn.Module):
             out = self.flex_attention(q, k, v, capped if c.attn_cap else None, masks, c.attn_scale,
                                       enable_gqa=q.shape[1] != k.shape[1])
             return out[0, :, :n].transpose(0, 1)
-        # Strand by strand: no padding, and no token sees another row.
-        out, strands = [], (t.transpose(0, 1)[None].split(stage.sizes, dim=2) for t in (q, k, v))
+        # Strand by strand: no padding, and no token sees another row. CPUs are faster at it in fp32.
+        dtype, wide = q.dtype, torch.float32 if q.device.type == "cpu" else q.dtype
+        out, strands = [], (t.transpose(0, 1)[None].to(wide).split(stage.sizes, dim=2) for t in (q, k, v))
         for q, k, v, trunk, mask in zip(*strands, stage.trunks, masks):                 # (1, H or K, T, h)
             if trunk:
                 k, v = (torch.cat((whole[:, :, :trunk], t), 2) for whole, t in zip(first, (k, v)))
             else:
                 first = k, v
             out.append(attend(q, k, v, mask, c))
-        return torch.cat(out, dim=2)[0].transpose(0, 1)
+        return torch.cat(out, dim=2)[0].transpose(0, 1).to(dtype)
 
 
 def rotate(x, stage: Stage):

@@ -48,7 +48,7 @@ from tqdm import tqdm
 
 from data import (Record, Tokenizer, batch_of, fingerprint, make_records, micro_batches, read_parallel,
                   steps_per_epoch)
-from dft import CHUNK, DFT, LEAST, TERMS, Method, choose_layers, lay_out, size_of
+from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out, size_of
 from eval import DTYPES, compare, pick_device, read_questions
 from model import (Config, InputError, Tokens, Transformer, fill, fitting, own_rows, read_json, save,
                    write_json)
@@ -727,7 +727,7 @@ def plan(a, config: Config, method: Method) -> str:
         f"gradients before their sum, {a.dtype}: embedding, head, 1 layer": copies * low * (root + layer),
         f"activations of {a.micro_batch_tokens:,} tokens": passing * (
             L * low * D + kept if a.activation_checkpointing else L * kept),
-        "logits of a chunk": (4 + 4 + low) * max(CHUNK, LEAST * V),
+        "logits of a chunk": (4 + 4 + low) * CHUNK,
     }
     need = sum(memory.values()) / 1e9
     return "\n".join([

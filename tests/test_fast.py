@@ -18,7 +18,7 @@ from model import Config, Tokens, block_mask, load
 
 
 def ragged(rows=9):
-    """Rows of a trunk and three branches, some of them of no tokens; the latter leave after layers 3, 2, 1."""
+    """Rows of a trunk and three branches, some of no tokens, which leave after layers 3, 2 and 1."""
     g = torch.Generator().manual_seed(0)
     sizes = torch.randint(0, 90, (rows, 4), generator=g).tolist()
     return Tokens([[([5] * (p + 1), 3), ([6] * a, 3), ([7] * y, 2), ([8] * x, 1)] for p, a, y, x in sizes])
@@ -81,7 +81,8 @@ def test_compiled_flex_attention_equals_strands_and_is_not_compiled_anew_for_eve
 
 def test_compiled_layers_and_loss_equal_plain_ones_and_are_not_compiled_anew_for_every_size(demo_data):
     a = train.settings(["--model", DEMO, "--data", demo_data, "--device", "cpu", "--dtype", "fp32"])
-    config, method, ranks = Config.read(DEMO), Method("logits", "logits", 1, 3), train.Ranks(torch.device("cpu"))
+    config, method = Config.read(DEMO), Method("logits", "logits", 1, 3)
+    ranks = train.Ranks(torch.device("cpu"))
     recs = make_records(read_parallel(demo_data), Tokenizer(config), "both", 512)[0]
     models, graphs, before = [], [], counters["stats"]["unique_graphs"]
     for a.compile in ("auto", "yes"):
@@ -124,7 +125,7 @@ def test_memory_that_a_step_has_freed_is_not_taken_from_the_system_anew():
     assert kept < given_back / 10
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: compiled FlexAttention's backward is not run")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU for compiled FlexAttention's backward")
 @pytest.mark.parametrize("name", ("llama3", "gemma2-mild"))
 @pytest.mark.parametrize("kind", ("logits", "feature"))
 def test_on_a_gpu_compiled_bf16_is_near_plain_fp32_and_is_not_compiled_anew(family, kind, name):

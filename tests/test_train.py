@@ -118,7 +118,8 @@ def test_learning_rate_climbs_in_equal_parts_and_falls_as_half_a_cosine():
 @pytest.mark.parametrize("arm", ["tft", "dft-logits", "dft-feature"])
 def test_the_benchmark_times_equal_work(arm, demo_data):
     given = bench.prepare(argparse.Namespace(model=DEMO, data=demo_data, method=arm, dtype="fp32", lc_layer=1,
-                                             et_layer=3, records=6, device="cpu", micro_batch_tokens=200))
+                                             et_layer=3, records=6, device="cpu", micro_batch_tokens=200,
+                                             length=None, compile="no"))
     a, b = ({term: float(value) for term, value in side(*given)[1](given[-1]).items()}
             for side in (bench.ours, lambda *given: bench.peer(*given, batch=4)))
     assert a == pytest.approx(b, rel=1e-4) and a["tft"] > 1
