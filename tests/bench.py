@@ -17,9 +17,9 @@ Of our step it counts the operations of all matrix products and of attention, as
 (torch's FlopCounterMode), measures the machine's rate on one large product in the same dtype just before and
 after the step, and its rate of copying memory, and prints the share of that rate which the step reaches; on a
 GPU also the model FLOPs' utilization, PaLM's definition on real tokens, of --peak_tflops. It counts what
-torch.compile compiled after the warm-up. --shapes takes random weights of published shapes, cut to --layers
-(--model may then hold the tokenizer alone, of that vocabulary); --length N makes records of random tokens,
-each of its four texts N / 2 long.
+torch.compile compiled after the warm-up. --profile says where the time of a CPU goes. --shapes takes random
+weights of published shapes, cut to --layers (--model may then hold the tokenizer alone, of that vocabulary);
+--length N makes records of random tokens, each of its four texts N / 2 long.
 """
 import argparse
 import json
@@ -239,6 +239,15 @@ def work(a):
                lambda g, q, k, v, *rest, **more: attention(q, k, v) * 5 // 2}
     with FlopCounterMode(display=False, custom_mapping=counted) as counter:
         losses(records)
+    kinds = {"matrix products": ("aten::mm", "addmm"), "attention": ("scaled_dot_product",),
+             "softmax of the head": ("_log_softmax", "aten::exp_", "aten::gather"), "the rest": ("",)}
+    shares = dict.fromkeys(kinds, 0.0)
+    if a.profile:
+        with torch.profiler.profile() as profile:
+            losses(records)
+        for event in profile.key_averages():
+            kind = next(k for k in kinds if any(name in event.key for name in kinds[k]))
+            shares[kind] += event.self_cpu_time_total
     y, took = torch.empty(2 ** 26, device=s.device), []
     for _ in range(8):
         began = time.perf_counter()
@@ -246,8 +255,8 @@ def work(a):
         took.append(time.perf_counter() - began)
     params = sum(p.numel() for p in model.parameters()) - (0 if config.tie_embeddings else
                                                            config.vocab_size * config.hidden_size)
-    print(json.dumps(dict(flops=counter.get_total_flops(), copy=8 * len(y) / min(took), params=params,
-                          layers=config.num_layers, width=config.num_heads * config.head_dim)))
+    print(json.dumps(dict(shares=shares, flops=counter.get_total_flops(), copy=8 * len(y) / min(took),
+                          params=params, layers=config.num_layers, width=config.num_heads * config.head_dim)))
 
 
 def run(side, *more, ranks=0):
@@ -312,6 +321,7 @@ def main():
     p.add_argument("--micro_batch_tokens", type=int, default=4096)
     p.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     p.add_argument("--grow", action="store_true")
+    p.add_argument("--profile", action="store_true")
     p.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     p.add_argument("--peak_tflops", type=float, default=989.0, help="989 is an H100 SXM in dense bf16")
     p.add_argument("--side", choices=["ours", "peer", "liger", "work"], help=argparse.SUPPRESS)
@@ -350,6 +360,8 @@ def compare(a):
           f"(copies {done['copy'] / 1e9:.1f} GB/s); losses "
           + " ".join(f"{t} {v:.4f}" for t, v in mine["losses"].items())
           + f"; compiled after the warm-up: {mine['recompiled']}")
+    if a.profile:
+        print("; ".join(f"{k} {v / sum(done['shares'].values()):.0%}" for k, v in done["shares"].items()))
     if a.device == "cuda":
         flops = 6 * done["params"] + 12 * done["layers"] * done["width"] * mine["real"] / a.records
         print(f"MFU on real tokens: {flops * mine['real'] / seconds['ours'] / a.peak_tflops / 1e12:.1%}")
