@@ -220,7 +220,7 @@ def score(logits, targets, limit: float | None, slope: bool):
     one_hot = torch.arange(z.shape[1], device=z.device) == targets                                  # (c, V)
     g = logp.exp_().sub_(one_hot.byte())
     if limit:                                           # d cap(z) / dz = 1 - tanh(z / limit)^2
-        g = g * (1 - (z / limit) ** 2)
+        g *= 1 - z.div_(limit).square_()
     return loss, g.to(logits.dtype)
 
 
