@@ -217,8 +217,8 @@ def score(logits, targets, limit: float | None, slope: bool):
     loss = -logp.gather(1, targets).sum()
     if not slope:
         return loss, None
-    one_hot = torch.arange(z.shape[1], device=z.device) == targets                                  # (c, V)
-    g = logp.exp_().sub_(one_hot.byte())
+    one_hot = torch.arange(z.shape[1], device=z.device) == targets      # (c, V); unlike a scatter, it fuses
+    g = logp.exp_().sub_(one_hot.byte())                # softmax - one-hot
     if limit:                                           # d cap(z) / dz = 1 - tanh(z / limit)^2
         g *= 1 - z.div_(limit).square_()
     return loss, g.to(logits.dtype)

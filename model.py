@@ -237,21 +237,22 @@ def block_mask(pos, row, seg, window, device) -> BlockMask:
     to compute, and the rule within them. The tokens are padded to a power of two, so that few sizes occur and
     soon no kernel is compiled anew; each that is added is a row of its own."""
     n, size, block = len(pos), max(128, 1 << (len(pos) - 1).bit_length()), 128
-    row = torch.cat((row, row.new_tensor(range(-size, -n))))
+    row = torch.cat((row, torch.arange(-size, -n)))
     pos, seg = (F.pad(t, (0, size - n)) for t in (pos, seg))
-    begins = torch.cat((row.new_tensor([True], dtype=torch.bool), row.diff() != 0))
-    begin = (torch.arange(size) * begins).cummax(0).values                 # where each token's row begins
-    # A block of queries needs the blocks of keys from where its first query's row begins up to itself.
+    counts = torch.unique_consecutive(row, return_counts=True)[1]
+    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)           # where each token's row begins
+    # A block of queries needs the blocks of keys from where its first query's row begins up to itself: so
+    # many of them, and which; what stands behind those in a line is not read.
     last = torch.arange(size // block)
     low = begin[::block] // block
-    spans = torch.minimum(low[:, None] + last, last[:, None])               # (blocks, blocks)
+    needed, which = last - low + 1, torch.minimum(low[:, None] + last, last[:, None])   # (b,), (b, b)
     pos, row, seg = (t.to(device) for t in (pos, row, seg))
 
     def sees(batch, head, query, key):
         back = pos[query] - pos[key]
         return (row[query] == row[key]) & ((seg[key] == 0) | (seg[key] == seg[query])) & (
             key <= query) & (back < (window or size))
-    return BlockMask.from_kv_blocks(*(t[None, None].int().to(device) for t in (last - low + 1, spans)),
+    return BlockMask.from_kv_blocks(*(t[None, None].int().to(device) for t in (needed, which)),
                                     BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
 
 
@@ -309,7 +310,8 @@ class Transformer(nn.Module):
 
     def compile_layers(self, flex: bool) -> None:
         """Let torch.compile fuse what is element by element, and with `flex` (GPUs: it has no backward on
-        CPUs) FlexAttention do all rows at once. One compilation serves all layers and numbers of tokens."""
+        CPUs) FlexAttention do all rows at once. One compilation serves all layers and numbers of tokens;
+        attention stays outside of it, for strands and masks differ from batch to batch."""
         torch._dynamo.config.recompile_limit = 64           # kinds of layers, gradient or not, masks' sizes
         self.flex = flex
         attend = torch.compile(flex_attention, dynamic=False) if flex else None

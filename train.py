@@ -363,7 +363,8 @@ def start(a) -> Ranks:
     if kind == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
         # glibc gives large blocks back to the system, which clears every page of them when they are taken
         # again: a fifth of a step. So: no blocks by mmap (M_MMAP_MAX), nothing given back (M_TRIM_THRESHOLD).
-        libc.mallopt(-4, 0), libc.mallopt(-1, -1)
+        libc.mallopt(-4, 0)
+        libc.mallopt(-1, -1)
     torch.manual_seed(a.seed + int(os.environ.get("RANK", 0)))
     if "RANK" not in os.environ:
         if a.replicas > 1 or a.cpu_offload:
