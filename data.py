@@ -1,5 +1,4 @@
-"""data.py: text to tensors. Tokenizers, parallel records, the prompt, and batches in a reproducible order."""
-import base64
+"""data.py: rows of parallel text become records of token ids, and records become batches."""
 import gzip
 import hashlib
 import json
@@ -16,154 +15,42 @@ import tiktoken
 
 from model import Config, InputError, read_json
 
-# ---------------------------------------------------------------------------------------------- tokenizers
-
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-# The same behind a splitter that sets every digit apart, as SmolLM2 has it: a space before a digit stays
-# alone.
-GPT2_DIGITS = r"\p{N}|'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?[^\s\p{L}\p{N}]+|\s+(?=\p{N})|\s+(?!\S)|\s+"
-LLAMA3_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*"
-                r"|\s*[\r\n]+|\s+(?!\S)|\s+")
-# Control tokens that Gemma's sentencepiece model would match inside plain text.
-GEMMA_CONTROL = re.compile(r"<(?=(?:mask|2mass|unused\d+|start_of_turn|end_of_turn)>)|\[(?=@BOS@\])")
-
-
-class Tokenizer:
-    """The tokenizer of a model folder: tokenizer.model (sentencepiece, or LLaMA-3's tiktoken ranks), else a
-    byte-level BPE tokenizer.json. Ids equal those of transformers without special tokens, except that the
-    text of a special token is plain text here, never a control token."""
-
-    def __init__(self, config: Config):
-        self.bos_id, self.eos_id = config.bos_id, config.eos_ids[0]
-        model, bpe = (os.path.join(config.folder, f) for f in ("tokenizer.model", "tokenizer.json"))
-        self.sp = None
-        if os.path.exists(model):
-            try:
-                with open(model, "rb") as file:
-                    blob = file.read()
-                if re.match(rb"[A-Za-z0-9+/]+=* \d+\r?\n", blob):
-                    self._tiktoken(LLAMA3_WORDS, *read_ranks(blob, model))
-                else:
-                    self.sp = sentencepiece.SentencePieceProcessor(model_proto=blob)
-                    self.size = self.sp.get_piece_size()
-                    self.sp.id_to_piece(list(range(self.size)))         # an error if one is not UTF-8
-            except (RuntimeError, ValueError, OSError) as error:
-                raise InputError(f"{model}: neither sentencepiece nor tiktoken ranks ({error})") from None
-        elif os.path.exists(bpe):
-            self._tiktoken(*read_bpe(read_json(bpe), bpe))
-        else:
-            raise InputError(f"{config.folder}: no tokenizer.model and no tokenizer.json, expected one")
-        # A model may have rows to spare (padding, special tokens: never 1,024 of them), but not too few.
-        if not 0 < self.size <= config.vocab_size <= self.size + 1024:
-            raise InputError(f"{config.folder}: the tokenizer has {self.size} ids, config.json's vocab_size "
-                             f"is {config.vocab_size}: they do not belong together")
-
-    def _tiktoken(self, words: str, ranks: dict, ids: list):
-        """ranks: {bytes: merge priority}; ids[rank] is the id of that piece."""
-        self.bpe = tiktoken.Encoding("bpe", pat_str=words, mergeable_ranks=ranks, special_tokens={})
-        self.ids, self.size = np.array(ids), max(ids) + 1
-        self.rank_of = {i: rank for rank, i in enumerate(ids) if i >= 0}
-
-    def encode(self, texts: list) -> list:
-        """Texts -> a list of ids each, without BOS or EOS."""
-        if self.sp is None:
-            ids = (self.ids[np.array(r, dtype=int)] for r in self.bpe.encode_ordinary_batch(texts))
-            return [i[i >= 0].tolist() for i in ids]  # transformers, too, drops bytes that it lacks
-        out = self.sp.encode(texts, num_threads=os.cpu_count())
-        gemma = self.sp["<start_of_turn>"] != self.sp.unk_id()
-        for n, text in enumerate(texts):
-            cuts = [m.end() for m in GEMMA_CONTROL.finditer(text)] if gemma else []
-            if cuts:        # cut behind the bracket; Gemma puts no prefix before the pieces
-                out[n] = sum(self.sp.encode([text[a:b] for a, b in zip([0] + cuts, cuts + [len(text)])]), [])
-        return out
-
-    def decode(self, ids: list) -> str:
-        """Ids -> text; control tokens and ids beyond the tokenizer's are left out."""
-        if self.sp is None:
-            return self.bpe.decode([self.rank_of[i] for i in ids if i in self.rank_of], errors="replace")
-        return self.sp.decode([i for i in ids if i < self.size])
-
-
-def read_ranks(blob: bytes, path: str):
-    """LLaMA-3's tokenizer.model, lines of "base64 rank" -> ({bytes: rank}, ids), rank and id being one."""
-    try:
-        pairs = [line.split() for line in blob.splitlines() if line]
-        ranks = {base64.b64decode(piece, validate=True): int(rank) for piece, rank in pairs}
-    except ValueError as error:
-        raise InputError(f"{path}: expected lines of base64 and a rank ({error})") from None
-    if sorted(ranks.values()) != list(range(len(pairs))) or not all(bytes([b]) in ranks for b in range(256)):
-        raise InputError(f"{path}: expected the ranks 0..{len(pairs) - 1} once each, and all 256 bytes")
-    return ranks, list(range(len(pairs)))
-
-
-def read_bpe(spec, path: str):
-    """A byte-level BPE tokenizer.json -> (word pattern, {bytes: merge priority}, ids by priority)."""
-    try:
-        pre = spec["pre_tokenizer"]
-        parts = pre["pretokenizers"] if pre["type"] == "Sequence" else [pre]
-        kinds = [p["type"] for p in parts]
-        if kinds == ["Digits", "ByteLevel"] and parts[0]["individual_digits"] and parts[1]["use_regex"]:
-            words = GPT2_DIGITS
-        elif kinds == ["ByteLevel"] and parts[0].get("use_regex", True):
-            words = GPT2_WORDS
-        elif kinds == ["Split", "ByteLevel"] and parts[0]["pattern"].get("Regex") == LLAMA3_WORDS:
-            words = LLAMA3_WORDS
-        else:
-            raise ValueError(f"pre_tokenizer {'+'.join(kinds)}")
-        model = spec["model"]
-        if model.get("type", "BPE") != "BPE" or model.get("byte_fallback") or spec.get("normalizer") or (
-                parts[-1].get("add_prefix_space")):
-            raise ValueError("a normalizer, a prefix space or a model other than plain BPE")
-        # GPT-2's table: printable bytes stand for themselves, the others for code points from 256 on.
-        plain = [*range(33, 127), *range(161, 173), *range(174, 256)]
-        other = [b for b in range(256) if b not in plain]
-        byte_of = {**{chr(b): b for b in plain}, **{chr(256 + n): b for n, b in enumerate(other)}}
-        char_of = {b: c for c, b in byte_of.items()}
-        vocab, ranks, ids = model["vocab"], {}, []
-        pieces = [char_of[b] for b in range(256)]       # the bytes first, then the merges by their priority
-        pieces += ["".join(m if isinstance(m, list) else m.split(" ")) for m in model["merges"]]
-        for piece in pieces:
-            key = bytes(byte_of[c] for c in piece)
-            if key not in ranks:
-                ranks[key] = len(ids)
-                ids.append(int(vocab.get(piece, -1) if len(key) == 1 else vocab[piece]))
-        if min(ids) < -1 or max(ids) >= 2 ** 24 or len(set(ids) - {-1}) < len(ids) - ids.count(-1):
-            raise ValueError("ids out of range, or of two pieces at once")
-        return words, ranks, ids
-    except (KeyError, TypeError, ValueError, AttributeError, IndexError, OverflowError) as error:
-        raise InputError(f"{path}: expected a byte-level BPE as of GPT-2, SmolLM2 or LLaMA-3 ("
-                         f"{type(error).__name__} {error}); LLaMA-2 and Gemma: tokenizer.model") from None
-
-
-# ---------------------------------------------------------------------------------------------- records
-
-# Stanford Alpaca's prompt; the query stands in English words whatever its language is, as in the paper.
-HEAD = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
-        "request.\n\n### Instruction:\n")
-HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that provides "
-                   "further context. Write a response that appropriately completes the request."
-                   "\n\n### Instruction:\n")
+# Stanford Alpaca's prompt. As in the paper it is English, whatever language the query is in.
+HEAD = ("Below is an instruction that describes a task. Write a response that appropriately "
+        "completes the request.\n\n### Instruction:\n")
+HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with an input that "
+                   "provides further context. Write a response that appropriately completes the "
+                   "request.\n\n### Instruction:\n")
 TAIL = "\n\n### Response:"
-KEYS = ("instruction", "input", "output")
+KEYS = ("instruction", "input", "output")       # of a row; its English side: instruction_en, ...
 
 
 def prompt_text(instruction: str, input: str) -> str:
-    """The Alpaca prompt round a query."""
+    """The Alpaca prompt around a query."""
     if input:
         return f"{HEAD_WITH_INPUT}{instruction}\n\n### Input:\n{input}{TAIL}"
     return f"{HEAD}{instruction}{TAIL}"
 
 
+def chat_template(bos: bool) -> str:
+    """The Jinja template of an exported model: prompt_text(user message, ""), after BOS if bos."""
+    check = ("{% if messages|length != 1 or messages[0]['role'] != 'user' "
+             "or messages[0]['content'] is not string %}"
+             "{{ raise_exception('This model was trained on single questions: pass exactly one "
+             "user message of text, no system message and no earlier turns.') }}{% endif %}")
+    return check + "{{ bos_token }}" * bos + prompt_text("{{ messages[0]['content'] }}", "")
+
+
 @dataclass
 class Record:
-    """Token ids of one record. Prompts begin with BOS; answers end with EOS unless they were cut. The English
-    side is None for a record without one, and for methods that do not use it."""
-    prompt: list                    # P: BOS, template and target-language query
-    answer: list                    # A
-    query_en: list | None = None    # X: the English query without the template, without BOS and EOS
-    answer_en: list | None = None   # Y
-    prompt_en: list | None = None   # P in English, for the features
-    query: tuple = (0, 0)           # where the target-language query lies in the prompt: first, behind last
+    """Token ids of a row. Without an English side the fields named _en are empty."""
+    prompt: list                        # begins with BOS if the model's own tokenizer adds it
+    answer: list                        # ends with EOS unless it was cut
+    query: tuple = (0, 0)               # the query's tokens are prompt[query[0]:query[1]]
+    query_en: list | None = None        # the English query without template, BOS and EOS
+    answer_en: list | None = None
+    prompt_en: list | None = None       # for feature losses
+    prompt_en_query: tuple = (0, 0)     # where the English query is in prompt_en
 
 
 @dataclass
@@ -171,196 +58,344 @@ class Counts:
     """What became of the rows that were read."""
     read: int = 0
     kept: int = 0
-    parallel: int = 0               # of those kept, with an English side
-    cut: int = 0                    # of those kept, with an end cut off at --max_length
-    empty: int = 0                  # dropped: no answer
-    long: int = 0                   # dropped: the prompt left no room for an answer
+    parallel: int = 0       # of those kept: with an English side
+    target_only: int = 0    # of those kept: without one, although the method uses it
+    partial: int = 0        # of those target-only: with an English query or answer, but not both
+    cut: int = 0            # of those kept: with an end cut off at --max_length
+    empty: int = 0          # dropped: no query or no answer
+    long: int = 0           # dropped: the prompt leaves no room for an answer
+    joined: str = ""        # how two files were joined: "by id" or "by position"
 
     def __str__(self):
-        return (f"{self.kept:,} of {self.read:,} records kept, {self.parallel:,} with an English side; "
-                f"{self.cut:,} cut at --max_length; dropped: {self.empty:,} with an empty answer, "
-                f"{self.long:,} whose prompt fills --max_length")
+        joined = f", joined {self.joined}" if self.joined else ""
+        half = f" ({self.partial:,} of them with half of one)" if self.partial else ""
+        parts = [(self.parallel, "with an English side"), (self.target_only, f"without one{half}"),
+                 (self.cut, "cut at --max_length"), (self.empty, "dropped: no query or no answer"),
+                 (self.long, "dropped: the prompt fills --max_length")]
+        text = [f"{self.kept:,} of {self.read:,} records kept{joined}"]
+        return "; ".join(text + [f"{number:,} {what}" for number, what in parts if number])
 
+
+def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
+                 english_prompt: bool = True):
+    """Rows -> ([Record], Counts).
+
+    side  the "target" language; "both"; "english": the English side as the record (paper: SFT).
+    english_prompt  with "both": add prompt_en, which only feature losses need.
+
+    Without an English side a row of "both" becomes a target-only record. A row of "english" is
+    then dropped, unless it is English itself: its lang is "en", or it has none and no row has output_en.
+    Answers and the English query are cut so that with each prompt they fit max_length tokens.
+    """
+    counts, records = Counts(read=len(rows), joined=rows[0][1].get("joined", "")), []
+    default_lang = None if any(row.get("output_en") for _, row in rows) else "en"
+    for where, row in rows:
+        target, english = read_side(where, row, ""), read_side(where, row, "_en")
+        if side == "english" and (english or (row.get("lang") or default_lang) != "en"):
+            target = english
+        if target is None:
+            counts.empty += 1
+            continue
+        record = encode_side(target, tokenizer)
+        room = room_en = max_length - len(record.prompt)
+        parallel = side == "both" and english is not None
+        if parallel:
+            other = encode_side(english, tokenizer)
+            query = "\n\n".join(text for text in english[:2] if text)       # instruction, input
+            record.query_en, record.answer_en = tokenizer.encode([query])[0], other.answer
+            if english_prompt:
+                record.prompt_en, record.prompt_en_query = other.prompt, other.query
+                room_en = min(room, max_length - len(other.prompt))
+        if room_en < 1:
+            counts.long += 1
+            continue
+        whole = [record.answer, record.query_en, record.answer_en]
+        record.answer = record.answer[:room]
+        if parallel:
+            record.query_en, record.answer_en = record.query_en[:room], record.answer_en[:room_en]
+        elif side == "both":
+            counts.target_only += 1
+            counts.partial += any((row.get(f"{key}_en") or "").strip() for key in KEYS)
+        counts.cut += whole != [record.answer, record.query_en, record.answer_en]
+        counts.parallel += parallel
+        records.append(record)
+    counts.kept = len(records)
+    if not records:
+        raise InputError(f"{rows[0][0]} and after: nothing to train on: {counts}")
+    return records, counts
+
+
+def read_side(where: str, row: dict, suffix: str) -> list | None:
+    """[instruction, input, output] of a row, with suffix "_en" its English side; None without a
+    query (instruction or input) or an output. Missing, null and blank are the same, but the
+    instruction and output of the target side must be text."""
+    optional = {"instruction": bool(suffix), "input": True, "output": bool(suffix)}
+    texts = [text_of(where, row, key + suffix, optional[key]) for key in KEYS]
+    return texts if (texts[0] + texts[1]).strip() and texts[2].strip() else None
+
+
+def encode_side(texts: list, tokenizer: "Tokenizer") -> Record:
+    """One side as a record of its own. Prompt and answer are tokenised separately, so that it is
+    exact where the answer begins; the query is what the prompt does not share with the template."""
+    instruction, input, output = texts
+    prompt, answer = tokenizer.encode([prompt_text(instruction, input), output])
+    head, tail = tokenizer.encode([HEAD_WITH_INPUT if input else HEAD, TAIL])
+    first = len(os.path.commonprefix([head, prompt]))               # works on lists, too
+    last = len(prompt) - len(os.path.commonprefix([tail[::-1], prompt[::-1]]))
+    query = len(tokenizer.bos) + first, len(tokenizer.bos) + max(first, last)
+    return Record(tokenizer.bos + prompt, answer + [tokenizer.eos_id], query)
+
+
+# --------------------------------------------------------------------------------------- batches
+
+def fingerprint(records: list) -> str:
+    """A digest of all ids of all records in order: other data, tokenizers or cuts change it."""
+    digest = hashlib.sha256()
+    for record in records:
+        for part in vars(record).values():
+            digest.update(array("q", [*(part or ()), -1]))
+    return digest.hexdigest()[:16]
+
+
+def steps_per_epoch(n: int, batch_size: int) -> int:
+    """Batches in n records; the last one may be smaller."""
+    return math.ceil(n / batch_size)
+
+
+def batch_of(step: int, n: int, batch_size: int, seed: int) -> list:
+    """Indices of the records of a step, counted from 0: a pure function, so that a run can resume
+    at any step. numpy keeps RandomState's stream stable, unlike default_rng's."""
+    epoch, batch = divmod(step, steps_per_epoch(n, batch_size))
+    order = np.random.RandomState([seed % 2 ** 32, epoch]).permutation(n)
+    return order[batch * batch_size:(batch + 1) * batch_size].tolist()
+
+
+def micro_batches(sizes: list, budget: int, ranks: int) -> list:
+    """Indices of sizes in as few, equally large micro-batches of at most `budget` tokens as
+    possible, their number a multiple of `ranks`: number m is for rank m % ranks. A record above
+    the budget gets a micro-batch of its own; with fewer records than ranks some are empty."""
+    largest_first = sorted(range(len(sizes)), key=lambda n: -sizes[n])
+    tokens = sum(min(size, budget) for size in sizes)
+    count = ranks * math.ceil(max(1, tokens / budget) / ranks)
+    while True:
+        batches, totals = [[] for _ in range(count)], [0] * count
+        for n in largest_first:
+            smallest = totals.index(min(totals))
+            batches[smallest].append(n)
+            totals[smallest] += sizes[n]
+        if all(total <= budget or len(b) == 1 for b, total in zip(batches, totals)):
+            return batches
+        count += ranks
+
+
+# ------------------------------------------------------- equipment, to the end: reading the files
 
 def read_text(path: str) -> str:
-    """A file of UTF-8, or of gzipped UTF-8 if it is named so."""
+    """The text of a UTF-8 file, or of a gzipped one named .gz."""
     try:
         with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
             return file.read().decode("utf-8-sig")
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected a file of records") from None
+        raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
     except (UnicodeDecodeError, EOFError, zlib.error) as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
 
 
 def read_rows(path: str) -> list:
-    """A JSONL file or a JSON array of objects -> [(place, object)], places are file:line or file[index]."""
-    text = read_text(path)
-    if text.lstrip()[:1] == "[":
-        try:
-            rows = [(f"{path}[{n}]", row) for n, row in enumerate(json.loads(text))]
-        except (ValueError, RecursionError) as error:
-            raise InputError(f"{path}: malformed JSON array: {error}") from None
-    else:
-        rows = []
-        for n, line in enumerate(text.split("\n"), 1):      # "\n" alone: U+2028 may stand inside a string
-            if line.strip():
-                try:
-                    rows.append((f"{path}:{n}", json.loads(line)))
-                except (ValueError, RecursionError) as error:
-                    raise InputError(f"{path}:{n}: malformed JSON: {error}") from None
-    for place, row in rows:
+    """A JSONL file or a JSON array of objects -> [(where, object)]: file:line or file[index]."""
+    text, where, rows = read_text(path), path, []
+    try:
+        if text.lstrip()[:1] == "[":
+            values = json.loads(text, object_pairs_hook=to_dict)
+            rows = [(f"{path}[{n}]", value) for n, value in enumerate(values)]
+        elif text.lstrip()[:1] in ("{", ""):
+            for n, line in enumerate(text.split("\n"), 1):      # splitlines() also splits at U+2028
+                where = f"{path}:{n}"
+                if line.strip():
+                    rows.append((where, json.loads(line, object_pairs_hook=to_dict)))
+        else:
+            raise InputError(f"{path}: begins with {text[:30]!r}; JSONL or a JSON array is read. To"
+                             ' convert CSV: python -c "import csv, json, sys; [print(json.dumps(r))'
+                             ' for r in csv.DictReader(sys.stdin)]" < FILE.csv > FILE.jsonl')
+    except ValueError as error:
+        raise InputError(f"{where}: malformed JSON: {error}") from None
+    for where, row in rows:
         if not isinstance(row, dict):
-            raise InputError(f"{place}: found a {type(row).__name__}, expected an object")
+            raise InputError(f"{where}: found a {type(row).__name__}, expected an object")
     if not rows:
         raise InputError(f"{path}: no records in it")
     return rows
 
 
-def read_parallel(path: str, path_en: str | None = None) -> list:
-    """Rows of one parallel file, or of a target-language file joined with an English one: by id where every
-    row of both has one, else by place where both are equally long."""
-    rows = read_rows(path)
-    if path_en is None:
-        return rows
-    rows_en = read_rows(path_en)
-    if all("id" in row for _, row in rows + rows_en):
-        english = {str(row["id"]): (place, row) for place, row in rows_en}
-        for file, its_rows in ((path, rows), (path_en, rows_en)):
-            repeated = len(its_rows) - len({str(row["id"]) for _, row in its_rows})
-            if repeated:
-                raise InputError(f"{file}: {repeated} ids occur more than once")
-        missing = [f"{place} (id {row['id']})" for place, row in rows if str(row["id"]) not in english]
-        if missing:
-            raise InputError(f"{missing[0]}: no record of that id in {path_en}; {len(missing)} such in all")
-        pairs = [(place, row, *english[str(row["id"])]) for place, row in rows]
-    elif len(rows) == len(rows_en):
-        pairs = [(*a, *b) for a, b in zip(rows, rows_en)]
-    else:
-        raise InputError(f"{path} has {len(rows)} records and {path_en} has {len(rows_en)}: without an id in "
-                         "every record they are joined by place, and must be equally long")
-    return [(place, {**row, **{f"{key}_en": need(place_en, row_en, key) for key in KEYS}})
-            for place, row, place_en, row_en in pairs]
+def to_dict(pairs: list) -> dict:
+    """The keys and values of a JSON object as a dict, unless a key occurs twice."""
+    keys = [key for key, _ in pairs]
+    if len(set(keys)) < len(keys):
+        raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice in one object")
+    return dict(pairs)
 
 
-def need(place: str, row: dict, key: str) -> str:
-    """row[key], which must be text."""
-    value = row.get(key)
-    if not isinstance(value, str):
+def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
+    """row[key], which must be text; if it is optional and missing or null, the empty text."""
+    value = "" if optional and row.get(key) is None else row.get(key)
+    if not isinstance(value, str) or value.encode("utf-8", "ignore").decode() != value:
         found = json.dumps(value)[:40] if key in row else "missing"
-        raise InputError(f"{place}: {key!r} is {found}, expected text; keys: {', '.join(row) or 'none'}")
-    if len(value) > 400_000 and len(max(re.split(r"\S+", value), key=len)) > 400_000:
-        # At a million tiktoken's regular expressions panic.
-        raise InputError(f"{place}: {key!r} holds a run of more than 400,000 spaces or line ends")
-    try:
-        value.encode("utf-8")
-    except UnicodeEncodeError:
-        raise InputError(f"{place}: {key!r} holds half a surrogate pair, which is no text") from None
+        chat = "conversations" in row or "messages" in row
+        hint = " (a chat record: convert each question and its answer)" if chat else ""
+        keys = ", ".join(row)
+        raise InputError(f"{where}: {key!r} is {found}, expected text; keys: {keys}{hint}")
     return value
 
 
-def make_records(rows: list, tokenizer: Tokenizer, side: str, max_length: int):
-    """Rows -> ([Record], Counts).
-
-    side  "target": target-language prompt and answer; "both": the English side as well, where a row has one;
-          "english": the English side is the record (the paper's SFT), or the row itself where it has none.
-    Prompt and answer are tokenised apart and their ids concatenated, so that the answer's place is exact.
-    Each of the sequences P+A, P+X, P+Y and P_en+Y is cut to max_length at its end.
-    """
-    counts, texts, parallel = Counts(read=len(rows)), [], []
-    for place, row in rows:
-        lacks = [f"{key}_en" for key in KEYS if f"{key}_en" not in row]
-        if 0 < len(lacks) < len(KEYS):
-            raise InputError(f"{place}: {', '.join(lacks)} missing; expected all three *_en keys, or none")
-        if side != "target" and lacks and row.get("lang", "en") != "en":
-            raise InputError(f"{place}: lang is {row['lang']!r} and {', '.join(lacks)} are missing, from "
-                             "which this method learns (--data_en FILE can bring them)")
-        target = [need(place, row, key) for key in KEYS]
-        english = None if lacks else [need(place, row, f"{key}_en") for key in KEYS]
-        if side == "english":
-            target, english = english or target, None
-        use = english if side == "both" else None
-        if not target[2].strip() or use and not use[2].strip():
-            counts.empty += 1
-            continue
-        texts.append(target)
-        parallel.append(use)
-
-    with_en = [e for e in parallel if e]
-    prompts = tokenizer.encode([prompt_text(i, x) for i, x, _ in texts])
-    answers = tokenizer.encode([o for _, _, o in texts])
-    english = zip(tokenizer.encode([prompt_text(i, x) for i, x, _ in with_en]),
-                  tokenizer.encode([i + ("\n\n" + x if x else "") for i, x, _ in with_en]),
-                  tokenizer.encode([o for _, _, o in with_en]))
-    heads, (tail,) = tokenizer.encode([HEAD, HEAD_WITH_INPUT]), tokenizer.encode([TAIL])
-    bos, eos = [tokenizer.bos_id], [tokenizer.eos_id]
-    records = []
-    for (_, x, _), prompt, answer, en in zip(texts, prompts, answers, parallel):
-        first, last = shared(heads[bool(x)], prompt), len(prompt) - shared(tail[::-1], prompt[::-1])
-        record = Record(bos + prompt, answer + eos, query=(1 + first, 1 + max(first, last)))
-        if en:
-            prompt_en, record.query_en, answer_en = next(english)
-            record.prompt_en, record.answer_en = bos + prompt_en, answer_en + eos
-        room = max_length - max(len(record.prompt), len(record.prompt_en or []))
-        if room < 1:
-            counts.long += 1
-            continue
-        before = record.answer, record.query_en, record.answer_en
-        record.answer = record.answer[:max_length - len(record.prompt)]
-        if en:
-            record.query_en = record.query_en[:max_length - len(record.prompt)]
-            record.answer_en = record.answer_en[:room]
-        counts.cut += before != (record.answer, record.query_en, record.answer_en)
-        counts.parallel += bool(en)
-        records.append(record)
-    counts.kept = len(records)
-    if not records:
-        raise InputError(f"{rows[0][0]} and on: nothing left to train on: {counts}")
-    return records, counts
+def read_parallel(path: str, path_en: str | None = None) -> list:
+    """Rows of one parallel file, or of a target-language file joined with an English one: by id
+    if all rows of both have one, by position if none has. The rows' key "joined" says how."""
+    if path_en is None:
+        return read_rows(path)
+    index, index_en = index_rows(read_rows(path)), index_rows(read_rows(path_en))
+    rows = [*index.items(), *index_en.items()]
+    without = [where for key, (where, _) in rows if isinstance(key, int)]
+    if 0 < len(without) < len(rows):
+        raise InputError(f"{without[0]}: no id, but other rows have one; expected ids in all rows "
+                         f"of {path} and {path_en}, or in none, to join by position")
+    if without and len(index) != len(index_en):
+        raise InputError(f"{path} has {len(index)} rows, {path_en} has {len(index_en)}: without "
+                         "ids they are joined by position and must have equally many")
+    joined = []
+    for key, (where, row) in index.items():
+        if key not in index_en:
+            raise InputError(f"{where}: no row of {path_en} has its id, {key!r}")
+        where_en, row_en = index_en[key]
+        row = {**row, "joined": "by position" if without else "by id"}
+        for name in KEYS:
+            row[f"{name}_en"] = text_of(where_en, row_en, name, optional=True)
+        joined.append((where, row))
+    return joined
 
 
-def shared(a: list, b: list) -> int:
-    """How many items two lists have in common at their beginning."""
-    return next((n for n, (x, y) in enumerate(zip(a, b)) if x != y), min(len(a), len(b)))
+def index_rows(rows: list) -> dict:
+    """{id: (where, row)}, the id as text since 7 and "7" are one, or without one the position."""
+    index = {}
+    for n, (where, row) in enumerate(rows):
+        value = row.get("id")
+        if isinstance(value, (bool, float, list, dict)):
+            raise InputError(f"{where}: id is {json.dumps(value)}, expected a whole number or text")
+        first, _ = index.setdefault(n if value is None else str(value), (where, row))
+        if first != where:
+            raise InputError(f"{where}: id {value!r} occurs twice, first at {first}")
+    return index
 
 
-# ---------------------------------------------------------------------------------------------- batches
-
-def fingerprint(records: list) -> str:
-    """A digest of all ids of all records in their order: other data, tokenizers or cuts give another one."""
-    ids = hashlib.sha256()
-    for record in records:
-        for part in vars(record).values():
-            ids.update(array("q", [*(part or ()), -1]))
-    return ids.hexdigest()[:16]
+# How a byte-level BPE splits a text into words. SmolLM2 splits off every digit before that.
+GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GPT2_DIGITS = r"\p{N}|\s+(?=\p{N})|" + GPT2_WORDS
+# Where to split a text so that Gemma's sentencepiece model finds no control token in it.
+GEMMA_CONTROL = re.compile(
+    r"(?<=<)(?=(?:mask|2mass|unused\d+|start_of_turn|end_of_turn)>)|(?<=\[)(?=@BOS@\])")
 
 
-def steps_per_epoch(n: int, batch_size: int) -> int:
-    """Batches in n records; the last one may be smaller, and none is left out."""
-    return math.ceil(n / batch_size)
+class Tokenizer:
+    """A folder's tokenizer.model (sentencepiece), else its tokenizer.json (byte-level BPE). Ids are
+    those of transformers, but the text of a special token is plain text, never a control token."""
+
+    def __init__(self, config: Config):
+        folder, self.bpe, self.gemma = config.folder, None, False
+        path, spec = f"{folder}/tokenizer.model", optional_json(folder, "tokenizer.json")
+        if os.path.exists(path):
+            try:
+                self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
+            except RuntimeError as error:
+                raise InputError(f"{path}: not a sentencepiece model ({error})") from None
+            self.size = self.sp.get_piece_size()
+            self.gemma = self.sp["<start_of_turn>"] != self.sp.unk_id()
+        elif spec:
+            self.bpe, self.known, self.size = read_bpe(spec, folder)
+        else:
+            raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
+        for text in added_tokens(folder, spec):
+            if not self.gemma or self.sp[text] == self.sp.unk_id():     # Gemma's model has its own
+                raise InputError(f"{folder}: the tokenizer has an added token, {text!r}, which is "
+                                 "not supported; use the tokenizer of the base model")
+        if not self.size <= config.vocab_size <= self.size + 1024:      # it may have spare rows
+            raise InputError(f"{folder}: the tokenizer has {self.size} ids, but vocab_size in "
+                             f"config.json is {config.vocab_size}: they do not belong together")
+        self.bos_id, self.eos_id = config.bos_token_id, config.eos_ids[0]
+        self.bos = [self.bos_id] if adds_bos(folder, spec) else []
+
+    def encode(self, texts: list) -> list:
+        """Texts -> a list of ids each, without BOS and EOS."""
+        return [self.encode_text(text) for text in texts]
+
+    def encode_text(self, text: str) -> list:
+        if self.bpe:        # transformers, too, drops bytes that the vocabulary lacks
+            return [i for i in self.bpe.encode_ordinary(text) if i < self.size]
+        ids = []
+        for part in GEMMA_CONTROL.split(text) if self.gemma else [text]:
+            ids += self.sp.encode(part)
+        return ids
+
+    def decode(self, ids: list) -> str:
+        """Ids -> text, without control tokens and ids beyond the tokenizer's."""
+        if self.bpe:
+            return self.bpe.decode([i for i in ids if i in self.known], errors="replace")
+        return self.sp.decode([i for i in ids if i < self.size])
 
 
-def batch_of(step: int, n: int, batch_size: int, seed: int) -> list:
-    """Indexes of the records of a step (from 0): a pure function, so a run can begin anywhere. RandomState's
-    stream is frozen by numpy, unlike default_rng's."""
-    epoch, place = divmod(step, steps_per_epoch(n, batch_size))
-    order = np.random.RandomState([seed % 2 ** 32, epoch]).permutation(n)
-    return order[place * batch_size:(place + 1) * batch_size].tolist()
+def optional_json(folder: str, name: str) -> dict:
+    """The JSON object in a file, {} without the file."""
+    path = os.path.join(folder, name)
+    return read_json(path) if os.path.exists(path) else {}
 
 
-def micro_batches(sizes: list, budget: int, ranks: int) -> list:
-    """Places 0..len(sizes)-1 dealt into as few equally heavy micro-batches of at most `budget` tokens as can
-    be, their number a multiple of `ranks` (micro-batch m is rank m % ranks's). A record above the budget
-    stands alone. With fewer records than ranks some are empty. Tokens are laid end to end, so nothing is
-    padded whatever the lengths."""
-    heaviest_first = sorted(range(len(sizes)), key=lambda n: -sizes[n])
-    count = ranks * math.ceil(max(1, sum(min(size, budget) for size in sizes) / budget) / ranks)
-    while True:
-        bins, loads = [[] for _ in range(count)], [0] * count
-        for n in heaviest_first:
-            lightest = loads.index(min(loads))
-            bins[lightest].append(n)
-            loads[lightest] += sizes[n]
-        if all(load <= budget or len(b) == 1 for b, load in zip(bins, loads)):
-            return bins
-        count += ranks
+def added_tokens(folder: str, spec: dict) -> list:
+    """The texts of added tokens that are not special: transformers finds them in a text first."""
+    named = json.dumps(optional_json(folder, "special_tokens_map.json"))
+    added = optional_json(folder, "added_tokens.json")
+    special = {text: json.dumps(text) in named for text in added}
+    settings = optional_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
+    for token in [*settings.values(), *spec.get("added_tokens", [])]:
+        special[token["content"]] = token["special"]
+    return [text for text in special if not special[text]]
+
+
+def adds_bos(folder: str, spec: dict) -> bool:
+    """Whether BOS comes before a text: as in transformers 5, the post_processor of tokenizer.json
+    decides, without that file add_bos_token in tokenizer_config.json."""
+    if not spec:
+        return optional_json(folder, "tokenizer_config.json").get("add_bos_token", True)
+    post = spec.get("post_processor") or {}
+    templates = [step.get("single") for step in post.get("processors", [post])]
+    return any(template and "SpecialToken" in template[0] for template in templates)
+
+
+def read_bpe(spec: dict, folder: str):
+    """A byte-level BPE tokenizer.json -> (tiktoken.Encoding, set of its ids, number of ids)."""
+    try:
+        vocab, pre = spec["model"]["vocab"], spec["pre_tokenizer"]
+        steps = pre.get("pretokenizers", [pre])
+        kinds = [step["type"] for step in steps]
+        words = {"ByteLevel": GPT2_WORDS, "Digits ByteLevel": GPT2_DIGITS}.get(" ".join(kinds))
+        if kinds == ["Split", "ByteLevel"]:                     # LLaMA-3
+            words = steps[0]["pattern"]["Regex"]
+        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
+        tokens = ["".join(merge) for merge in merges]
+        ids = [vocab[token] for token in tokens]
+        if (not words or spec["normalizer"] or steps[-1]["add_prefix_space"] or ids != sorted(ids)
+                or steps[-1]["use_regex"] == (kinds[0] == "Split")
+                or not steps[0].get("individual_digits", True)
+                or len(set(vocab.values())) < len(vocab)):
+            raise ValueError(f"pre_tokenizer {kinds}, a normalizer, or other ids or merges")
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        raise InputError(f"{folder}/tokenizer.json: expected a byte-level BPE as of GPT-2, SmolLM2 "
+                         "or LLaMA-3; LLaMA-2 and Gemma need their file tokenizer.model "
+                         f"({type(error).__name__}: {error})") from None
+    # GPT-2's table: a printable byte is its own character, the others are numbered from 256 on.
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    other = [b for b in range(256) if b not in printable]
+    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(other)}
+    size = max(vocab.values()) + 1
+    ranks = {bytes([b]): vocab.get(char, size + b) for char, b in byte_of.items()}
+    for token in tokens:
+        ranks[bytes(byte_of[char] for char in token)] = vocab[token]
+    bpe = tiktoken.Encoding("bpe", pat_str=words, mergeable_ranks=ranks, special_tokens={})
+    return bpe, {i for i in ranks.values() if i < size}, size

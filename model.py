@@ -1,335 +1,365 @@
-"""model.py: what a LLaMA or Gemma-2 decoder is. It knows nothing of training, of data or of the method.
+"""model.py: LLaMA and Gemma-2 decoders with access to the output of every layer.
+
+No training code here. The sections marked "equipment" (generation, files) can be skipped at first.
 
 Shapes, in every file of this project:
-    N  tokens of all rows, laid end to end (there is no padding)      V  vocabulary
-    R  rows        T  tokens of one row                               L  layers
-    D  hidden size H  query heads   K  key/value heads   h  head size
+    N  tokens of all rows, laid end to end      V  vocabulary size      T  query tokens of one row
+    R  rows                                     L  layers               S  key tokens of one row
+    D  hidden size    H  query heads    K  key/value heads    h  size of a head    B  batch
 
-Everything that is token-wise (norms, projections, MLP, head) works on flat (N, D) tensors; attention alone
-needs to know where a row begins, and which tokens of it may see each other (class Tokens).
+Norms, projections, MLP and head work on flat (N, D) tensors without padding. Only attention needs
+to know where a row begins and which of its tokens may see each other (class Packed).
 
-Dtypes: weights keep the dtype they are held in (fp32 when training) and act in `compute_dtype` (bf16, fp32);
-norms, softmax and logits are computed in fp32. Modules bear Hugging Face's names, so no table is needed.
+Dtypes: a weight keeps its own dtype (fp32 in training) and is cast to `compute_dtype`, bf16 or
+fp32, where it is used. Norms, softmax and logits are computed in fp32. Parameter names are those
+of Hugging Face.
 """
+import dataclasses
 import json
 import math
 import os
 import shutil
+import warnings
 from dataclasses import dataclass
 
 import torch
+import torch.distributed.checkpoint as dcp
 import torch.nn as nn
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
 
 class InputError(Exception):
-    """A user's mistake, in one line: what was found where, what was expected, what to do. Exit code 2."""
+    """A user's mistake in one line: where, what was found, what was expected, what to do.
 
-    def __str__(self):      # what it quotes from a file may be endless, or hold line ends and terminal codes
-        text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in super().__str__())
-        return text if len(text) < 1000 else f"{text[:600]} ... {text[-300:]}"
+    The programs print it without a traceback and exit with code 2.
+    """
 
 
-# ------------------------------------------------------------------------------------------- configuration
+def pick_device(name: str) -> str:
+    """The device type for auto, cpu or cuda; auto is cuda where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: no CUDA device; use --device cpu or a CUDA build of torch")
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return name
 
-# What transformers assumes where config.json is silent (it writes only what differs from these).
+
+# ---------------------------------------------------------------------------------- configuration
+
+# The values that transformers assumes where config.json has no entry.
+COMMON = dict(rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, num_key_value_heads=None)
 DEFAULTS = {
-    "llama": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=2048, bos_token_id=1,
-                  eos_token_id=2, tie_word_embeddings=False, hidden_act="silu"),
-    "gemma2": dict(rms_norm_eps=1e-6, rope_theta=10000.0, max_position_embeddings=8192, bos_token_id=2,
-                   eos_token_id=1, tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh",
-                   head_dim=256, query_pre_attn_scalar=256, sliding_window=4096,
+    "llama": dict(COMMON, max_position_embeddings=2048, bos_token_id=1, eos_token_id=2,
+                  tie_word_embeddings=False, hidden_act="silu", head_dim=None,
+                  attn_logit_softcapping=None, final_logit_softcapping=None),
+    "gemma2": dict(COMMON, max_position_embeddings=8192, bos_token_id=2, eos_token_id=1,
+                   tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh", head_dim=256,
+                   query_pre_attn_scalar=256, sliding_window=4096,
                    attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
 }
-# Fields that would change the mathematics, with the values under which they do not.
-HARMLESS = {
-    "attention_bias": (False, None), "mlp_bias": (False, None), "attention_dropout": (0, None),
-    "quantization_config": (None,), "partial_rotary_factor": (1, None), "pretraining_tp": (1, None),
-    "use_bidirectional_attention": (False, None), "qk_norm": (False, None), "num_local_experts": (None,),
-}
+# Entries that would change the computation, and the values with which they do not.
+NEUTRAL = {"attention_bias": (False, None), "mlp_bias": (False, None), "qk_norm": (False, None),
+           "attention_dropout": (0, None), "quantization_config": (None,),
+           "partial_rotary_factor": (1, None), "num_local_experts": (None,),
+           "use_bidirectional_attention": (False, None)}
+
+ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
 
 
 @dataclass
 class Config:
-    """A decoder, read from a Hugging Face config.json. Families are fields of it, not models of their own."""
+    """A decoder, described as by Hugging Face's config.json. Families differ in fields only."""
     model_type: str
     vocab_size: int
     hidden_size: int
     intermediate_size: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
     head_dim: int
-    norm_eps: float
+    max_position_embeddings: int
+    rms_norm_eps: float
     rope_theta: float
-    rope_scaling: dict | None       # LLaMA-3.1's stretching of the long wavelengths
-    max_positions: int
-    tie_embeddings: bool            # the head is the embedding matrix
-    attn_scale: float               # on q.k: 1/sqrt(h), or Gemma-2's 1/sqrt(query_pre_attn_scalar)
-    attn_cap: float | None          # cap * tanh(score / cap), Gemma-2: 50
-    final_cap: float | None         # the same on logits, Gemma-2: 30
-    windows: tuple                  # per layer: how far back a token sees, None for all the way
-    gemma: bool                     # (1 + w) norms, two more of them a layer, scaled embeddings, GeGLU
-    bos_id: int
-    eos_ids: tuple                  # the first is the one that training teaches
-    raw: dict                       # config.json as it was read, for save()
-    folder: str                     # where it was read
+    rope_scaling: dict | None           # LLaMA-3.1: stretches the long wavelengths
+    tie_word_embeddings: bool           # the head is the embedding matrix
+    attn_logit_softcapping: float | None        # Gemma-2: cap * tanh(score / cap) with a cap of 50
+    final_logit_softcapping: float | None       # the same for logits, 30
+    bos_token_id: int
+    # Fields that config.json does not have:
+    eos_ids: tuple              # generation stops at any of them; training teaches the first
+    attn_scale: float           # factor on q.k: 1/sqrt(h); Gemma-2: 1/sqrt(query_pre_attn_scalar)
+    windows: tuple              # for each layer: how far back a token sees, or None for no limit
+    gemma: bool                 # (1 + w) norms, two more norms a layer, scaled embeddings, GeGLU
+    raw: dict                   # config.json as read
+    folder: str
 
     @classmethod
     def read(cls, folder: str) -> "Config":
-        """The Config of folder/config.json; InputError for a file or a model that we cannot read."""
+        """The Config of folder/config.json; InputError for a file or model we do not support."""
         path = os.path.join(folder, "config.json")
         raw = read_json(path)
-        if not isinstance(raw, dict):
-            raise InputError(f"{path}: found a {type(raw).__name__}, expected a JSON object")
         family = raw.get("model_type")
-        if not isinstance(family, str) or family not in DEFAULTS:
-            raise InputError(f"{path}: model_type is {family!r}, expected one of {', '.join(DEFAULTS)}")
-        c, gemma = {**DEFAULTS[family], **raw}, family == "gemma2"
+        if family not in DEFAULTS:
+            raise InputError(f"{path}: model_type is {family!r}, expected {' or '.join(DEFAULTS)}")
+        gemma = family == "gemma2"
+        c = {**DEFAULTS[family], **raw, "gemma": gemma, "raw": raw, "folder": folder}
+        # Generation may stop at more tokens than config.json names.
+        generation = os.path.join(folder, "generation_config.json")
+        more = read_json(generation).get("eos_token_id") if os.path.exists(generation) else None
         try:
-            rope = {**(c.get("rope_scaling") or {}), **(c.get("rope_parameters") or {})}   # transformers 4, 5
-            kind = rope.get("rope_type", rope.get("type", "default"))
-            act = (c.get("hidden_activation") or c.get("hidden_act")) if gemma else c["hidden_act"]
-            refused = [f"{k}={c[k]!r}" for k, fine in HARMLESS.items() if k in c and c[k] not in fine]
-            refused += [f"rope type {kind!r}"] if kind not in ("default", "llama3") else []
-            refused += [f"activation {act!r}"] if act != ("gelu_pytorch_tanh" if gemma else "silu") else []
-            refused += ["sliding_window"] if c.get("sliding_window") and not gemma else []
-            refused += [f"layer type {k!r}" for k in c.get("layer_types") or ()
-                        if k not in ("sliding_attention", "full_attention")]
+            # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters
+            rope = {**(c["rope_scaling"] or {}), **(c.get("rope_parameters") or {})}
+            rope_type = rope.get("rope_type", rope.get("type", "default"))
+            layer_types = c.get("layer_types") or (
+                ["sliding_attention", "full_attention"] * c["num_hidden_layers"])
+            activation = c.get("hidden_activation") or c.get("hidden_act")
+            refused = [f"{key}={c[key]!r}" for key, neutral in NEUTRAL.items()
+                       if key in c and c[key] not in neutral]
+            if rope_type not in ("default", "llama3"):
+                refused.append(f"rope type {rope_type!r}")
+            if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
+                refused.append(f"activation {activation!r}")
+            if c.get("sliding_window") and not gemma:
+                refused.append("sliding_window")
             if refused:
-                raise InputError(f"{path}: needs {', '.join(refused)}, which is not implemented here")
-            layers, heads = whole(c, "num_hidden_layers"), whole(c, "num_attention_heads")
-            head_dim = whole(c, "head_dim") if c.get("head_dim") else whole(c, "hidden_size") // heads
-            kinds = c.get("layer_types") or ["sliding_attention", "full_attention"] * layers
-            eos = c["eos_token_id"]
-            config = cls(
-                model_type=family, vocab_size=whole(c, "vocab_size"), hidden_size=whole(c, "hidden_size"),
-                intermediate_size=whole(c, "intermediate_size"), num_layers=layers, num_heads=heads,
-                num_kv_heads=whole(c, "num_key_value_heads") if c.get("num_key_value_heads") else heads,
-                head_dim=head_dim, norm_eps=float(c["rms_norm_eps"]),
-                rope_theta=float(rope.get("rope_theta", c["rope_theta"])),
-                rope_scaling=None if kind == "default" else {key: float(rope[key]) for key in (
-                    "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")},
-                max_positions=whole(c, "max_position_embeddings"),
-                tie_embeddings=bool(c["tie_word_embeddings"]),
-                attn_scale=float(c["query_pre_attn_scalar"] if gemma else head_dim) ** -0.5,
-                attn_cap=c.get("attn_logit_softcapping"), final_cap=c.get("final_logit_softcapping"),
-                windows=tuple(whole(c, "sliding_window") if gemma and kind == "sliding_attention" else None
-                              for kind in (kinds[k] for k in range(layers))),
-                gemma=gemma, bos_id=int(c["bos_token_id"]),
-                eos_ids=tuple(map(int, eos if isinstance(eos, list) else [eos])), raw=raw, folder=folder)
-            numbers = (config.norm_eps, config.rope_theta, config.attn_scale, config.attn_cap,
-                       config.final_cap, *(config.rope_scaling or {}).values())
-            if not all(n is None or 0 < n < 1e30 for n in numbers):             # nor NaN, nor a complex root
-                raise ValueError(f"the epsilon, theta, scale or a cap of {numbers} is no positive number")
-        except (KeyError, TypeError, ValueError, AttributeError, ArithmeticError, IndexError) as error:
-            raise InputError(f"{path}: a key is missing or wrong: {type(error).__name__} {error}") from None
-        if heads % config.num_kv_heads or head_dim % 2 or not head_dim or not config.eos_ids:
-            raise InputError(f"{path}: {heads} heads over {config.num_kv_heads} key/value heads of "
-                             f"size {head_dim}, end tokens {config.eos_ids}: expected whole groups, an even "
-                             "size, and an end token")
-        if not all(0 <= i < config.vocab_size for i in (config.bos_id, *config.eos_ids)):
-            raise InputError(f"{path}: bos_token_id or eos_token_id is negative or beyond vocab_size")
-        return config
+                raise InputError(f"{path}: asks for {', '.join(refused)}; not implemented here")
+            c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
+            c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+            c["attn_scale"] = (c["query_pre_attn_scalar"] if gemma else c["head_dim"]) ** -0.5
+            c["rope_theta"] = rope.get("rope_theta", c["rope_theta"])
+            c["rope_scaling"] = None
+            if rope_type == "llama3":
+                c["rope_scaling"] = {key: float(rope[key]) for key in ROPE_SCALING}
+            c["windows"] = tuple(
+                c["sliding_window"] if gemma and layer_type == "sliding_attention" else None
+                for layer_type in layer_types[:c["num_hidden_layers"]])
+            eos = []
+            for ids in (c["eos_token_id"], more):       # each an id, a list of them, or null
+                eos += ids if isinstance(ids, list) else [ids]
+            c["eos_ids"] = tuple(dict.fromkeys(i for i in eos if i is not None))
+            for key, ids in (("bos_token_id", [c["bos_token_id"]]), ("eos_token_id", c["eos_ids"])):
+                if not ids or not all(type(i) is int and 0 <= i < c["vocab_size"] for i in ids):
+                    raise ValueError(f"{key} is {c[key]!r}, expected an id below vocab_size")
+            return cls(**{field.name: c[field.name] for field in dataclasses.fields(cls)})
+        except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
+            what = f"{error} is missing" if isinstance(error, KeyError) else error
+            raise InputError(f"{path}: {what}") from None
 
 
-def whole(c: dict, key: str) -> int:
-    """c[key], a positive whole number of a sane size (the bytes of a product of three must fit 63 bits)."""
-    limit = {"num_hidden_layers": 2 ** 10, "max_position_embeddings": 2 ** 31}.get(key, 2 ** 20)
-    if type(c[key]) is not int or not 0 < c[key] < limit:
-        raise ValueError(f"{key} is {c[key]!r}, expected a positive whole number below {limit}")
-    return c[key]
-
-
-def read_json(path: str):
-    """The JSON value in a file; InputError where it is missing or malformed."""
+def read_json(path: str) -> dict:
+    """The JSON object in a file; InputError where it is missing or malformed."""
     try:
         with open(path, encoding="utf-8") as file:
-            return json.load(file)
+            value = json.load(file)
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face model folder") from None
+        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from None
     except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not JSON ({error})") from None
+        raise InputError(f"{path}: not valid JSON ({error})") from None
+    if not isinstance(value, dict):
+        raise InputError(f"{path}: found a {type(value).__name__}, expected a JSON object")
+    return value
 
 
-# ------------------------------------------------------------------------------------------- tokens of a pass
+# ------------------------------------------------------------------ the tokens of a forward pass
 
-class Tokens:
-    """The tokens of one forward pass: rows laid end to end, each a trunk with branches.
+class Packed:
+    """Token segments laid end to end for one forward pass, without padding.
 
-    rows  R lists of segments (ids, depth). Segment 0 is the trunk; each later segment is a branch that
-          continues the trunk: its positions go on where the trunk ends, and it sees the trunk and its own
-          earlier tokens, never another branch. A token of depth d takes part in layers 1..d and then leaves.
-
-    ids, pos, row, seg, depth: (N,) int64 on the CPU. starts[r][s]: the place where segment s of row r begins.
+    A row is a first segment, such as a prompt, and any number of segments that each continue it. A
+    token sees the first segment of its row and its own segment, up to itself. A token of depth d
+    passes through layers 1..d and is then dropped.
     """
 
-    def __init__(self, rows: list):
-        ids, pos, row, seg, depth, self.starts = [], [], [], [], [], []
-        for r, segments in enumerate(rows):
-            self.starts.append([])
-            for s, (piece, d) in enumerate(segments):
-                assert d <= segments[0][1], "a branch cannot outlive its trunk"
-                self.starts[r].append(len(ids))
-                first = len(segments[0][0]) if s else 0
-                ids += piece
-                pos += range(first, first + len(piece))
-                row += [r] * len(piece)
-                seg += [s] * len(piece)
-                depth += [d] * len(piece)
-        self.ids, self.pos, self.row, self.seg, self.depth = (
-            torch.tensor(t, dtype=torch.long) for t in (ids, pos, row, seg, depth))
+    def __init__(self):
+        self.ids, self.position, self.row, self.depth = [], [], [], []
+        self.segment = []       # 0 in the first segment of a row, else the segment's first index
 
-    @classmethod
-    def plain(cls, rows: list, depth: int) -> "Tokens":
-        """Rows of ids without branches, all of them `depth` layers deep."""
-        return cls([[(ids, depth)] for ids in rows])
+    def __len__(self):
+        return len(self.ids)
 
-    def at(self, places, layer: int):
-        """Flat places (n,) -> their places among the tokens that are still in the stream after `layer`."""
-        return ((self.depth >= layer).cumsum(0) - 1)[places]
+    def add(self, ids: list, depth: int, after: range | None = None) -> range:
+        """Append a segment and return its flat indices.
+
+        after: None starts a row; the range of the row's first segment continues that segment.
+        """
+        begin = len(self.ids)
+        if after is None:
+            row, segment, position = (self.row[-1] + 1 if self.row else 0), 0, 0
+        else:
+            row, segment, position = self.row[after[0]], begin, len(after)
+            assert row == self.row[-1], "the segments of a row are added before the next row begins"
+        self.ids += ids
+        self.position += range(position, position + len(ids))
+        self.row += [row] * len(ids)
+        self.segment += [segment] * len(ids)
+        self.depth += [depth] * len(ids)
+        return range(begin, begin + len(ids))
+
+    def index(self, indices, layer: int):
+        """Flat indices (n,) -> their indices among the tokens still present after `layer`."""
+        present = torch.tensor(self.depth) >= layer
+        return (present.cumsum(0) - 1)[torch.as_tensor(indices, dtype=torch.long)]
 
 
-class Stage:
-    """What the layers from `first` up to the next exit need to know of the tokens that pass through them.
+@dataclass
+class AttentionInputs:
+    """What attention needs besides its n tokens, shared by the layers that see the same tokens."""
+    cos: torch.Tensor           # (B, n, 1, h) in fp32; B is 1 except in generation
+    sin: torch.Tensor
+    sizes: list                 # tokens of each part: parts are attended to one by one
+    masks: dict                 # {window: a mask for each part, see Attention.attention}
+    entering: torch.Tensor | None = None    # these tokens among those after the layer below, (n,)
+    cache: object = None                    # generation: the keys and values so far
 
-    For attention they are strands. A row's first strand is its trunk and the first of its branches, one
-    causal sequence; every other branch is a strand that sees the `trunks` first tokens of that one, and
-    itself. So no score is computed that a mask would then strike out. With `flex` they are one sequence of
-    all rows, and `masks` says which blocks of it are computed (see block_mask)."""
 
-    def __init__(self, tokens: Tokens, first: int, config: Config, device, cache=None, flex=False):
-        self.keep = (tokens.depth >= first).nonzero().squeeze(1)            # (n,) flat places, on the CPU
-        pos, row, seg = (t[self.keep] for t in (tokens.pos, tokens.row, tokens.seg))
-        self.cos, self.sin = rotation(config, pos, device)                  # (n, 1, h) each
-        self.cache, self.sizes, self.trunks = cache, [], []                 # the latter of each strand
+def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
+    """AttentionInputs of the tokens that enter `layer`. With `flex` one part holds all rows (GPUs);
+    without it each row is a part of its own."""
+    kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
+    fields = torch.tensor([packed.position, packed.row, packed.segment])[:, kept]
+    position, row, segment = fields                                         # (n,) each, on the CPU
+    sizes = torch.unique_consecutive(row, return_counts=True)[1].tolist()
+    masks = {}
+    for window in set(config.windows):
         if flex:
-            self.masks = {window: block_mask(pos, row, seg, window, device)
-                          for window in set(config.windows)}                # window -> a mask for all rows
-            return
-        for r in row.unique():
-            trunk, *branches = torch.unique_consecutive(seg[row == r], return_counts=True)[1].tolist()
-            self.sizes += [trunk + sum(branches[:1]), *branches[1:]]
-            self.trunks += [0] + [trunk] * len(branches[1:])
-        self.masks = {window: [strand_mask(trunk, size, window, device)
-                               for trunk, size in zip(self.trunks, self.sizes)]
-                      for window in set(config.windows)}                    # window -> a mask for each strand
-        self.pos = pos.to(device)
-        if cache is not None:                                               # which prompt's keys they are
-            self.slot = (cache.first[row] + (seg - 1).clamp(min=0)).to(device)
+            masks[window] = [block_mask(position, row, segment, window, device)]
+        else:
+            rows = zip(position.split(sizes), segment.split(sizes))
+            masks[window] = [row_mask(*one_row, window, device) for one_row in rows]
+    cos, sin = rotation(config, position[None].to(device))
+    entering = packed.index(kept, layer - 1).to(device)
+    return AttentionInputs(cos, sin, [len(kept)] if flex else sizes, masks, entering)
 
 
-def strand_mask(trunk: int, size: int, window, device):
-    """(size, trunk + size) bool, True where a query (row) sees a key (column), which both go on where the
-    trunk ends; None stands for plain causal attention, which needs no mask."""
-    if not trunk and (window is None or size <= window):
-        return None
-    back = torch.arange(trunk, trunk + size)[:, None] - torch.arange(trunk + size)      # how far a key lies
-    return ((back >= 0) & (back < (window or torch.inf))).to(device)
-
-
-def block_mask(pos, row, seg, window, device) -> BlockMask:
-    """Which of n tokens of positions, rows and segments (n,) see which, for FlexAttention: 128 x 128 blocks
-    to compute, and the rule within them. The tokens are padded to a power of two, so that few sizes occur and
-    soon no kernel is compiled anew; each that is added is a row of its own."""
-    n, size, block = len(pos), max(128, 1 << (len(pos) - 1).bit_length()), 128
-    row = torch.cat((row, torch.arange(-size, -n)))
-    pos, seg = (F.pad(t, (0, size - n)) for t in (pos, seg))
-    counts = torch.unique_consecutive(row, return_counts=True)[1]
-    begin = (counts.cumsum(0) - counts).repeat_interleave(counts)           # where each token's row begins
-    # A block of queries needs the blocks of keys from where its first query's row begins up to itself: so
-    # many of them, and which; what stands behind those in a line is not read.
-    last = torch.arange(size // block)
-    low = begin[::block] // block
-    needed, which = last - low + 1, torch.minimum(low[:, None] + last, last[:, None])   # (b,), (b, b)
-    pos, row, seg = (t.to(device) for t in (pos, row, seg))
+def visibility(position, row, segment, window):
+    """The attention rule for tokens with these fields (n,), as a mask_mod of FlexAttention."""
 
     def sees(batch, head, query, key):
-        back = pos[query] - pos[key]
-        return (row[query] == row[key]) & ((seg[key] == 0) | (seg[key] == seg[query])) & (
-            key <= query) & (back < (window or size))
-    return BlockMask.from_kv_blocks(*(t[None, None].int().to(device) for t in (needed, which)),
+        same_text = (segment[key] == 0) | (segment[key] == segment[query])
+        near = position[query] - position[key] < (window or len(position))
+        return (row[query] == row[key]) & (key <= query) & same_text & near
+
+    return sees
+
+
+def row_mask(position, segment, window, device):
+    """The (T, T) bool mask of one row, True where a query (line) sees a key (column), or None if
+    plain causal attention is the same."""
+    T = len(position)
+    if position[-1] == T - 1 and (window is None or T <= window):    # one text without branches
+        return None
+    sees = visibility(position, torch.zeros_like(position), segment, window)
+    index = torch.arange(T)
+    return sees(0, 0, index[:, None], index[None, :]).to(device)
+
+
+def block_mask(position, row, segment, window, device) -> BlockMask:
+    """The mask of all rows for FlexAttention: the 128 x 128 blocks to compute and the rule in them.
+
+    Tokens are padded to a power of two to limit recompilation; each padding token is its own row. A
+    block of queries needs the blocks of keys from the beginning of its first row up to itself.
+    """
+    n, size, block = len(position), max(128, 1 << (len(position) - 1).bit_length()), 128
+    row = torch.cat((row, torch.arange(-size, -n)))
+    position, segment = F.pad(position, (0, size - n)), F.pad(segment, (0, size - n))
+    counts = torch.unique_consecutive(row, return_counts=True)[1]
+    row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
+    last = torch.arange(size // block)                                      # (b,) blocks of queries
+    first = row_begin[::block] // block
+    number = (last - first + 1).int()                                       # (b,) blocks of keys
+    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b): number of them
+    sees = visibility(position.to(device), row.to(device), segment.to(device), window)
+    return BlockMask.from_kv_blocks(number[None, None].to(device), which[None, None].to(device),
                                     BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
 
 
-def rotation(config: Config, pos, device):
-    """RoPE (Su et al. 2021) for positions (n,): cos and sin, each (n, 1, h) in fp32."""
+def rotation(config: Config, position):
+    """RoPE (Su et al. 2021) for positions (B, n): cos and sin, each (B, n, 1, h) in fp32."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if config.rope_scaling:    # LLaMA-3.1: wavelengths beyond the first context are stretched, with a ramp
+    if config.rope_scaling:     # LLaMA-3.1: long wavelengths are stretched by `factor`, with a ramp
         s = config.rope_scaling
         turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * ramp + freq / s["factor"] * (1 - ramp)
-    angle = (pos[:, None].float() * freq).repeat(1, 2)[:, None]             # (n, 1, h): the halves turn alike
-    return angle.cos().to(device), angle.sin().to(device)
+    angle = position[..., None].float() * freq.to(position.device)          # (B, n, h/2)
+    angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, n, 1, h)
+    return angle.cos(), angle.sin()
 
 
-# ------------------------------------------------------------------------------------------- the decoder
+# -------------------------------------------------------------------------------------- the decoder
 
 class Transformer(nn.Module):
-    """The decoder. `compute_dtype` None means the dtype of the weights themselves."""
+    """The decoder. compute_dtype None means the dtype of the weights."""
 
     def __init__(self, config: Config):
         super().__init__()
         self.config, self.compute_dtype, self.flex = config, None, False
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = nn.ModuleList(Layer(config, k) for k in range(config.num_layers))
+        self.layers = nn.ModuleList(Layer(config, k) for k in range(config.num_hidden_layers))
         self.norm = RMSNorm(config)
-        if not config.tie_embeddings:   # a tied head is no parameter of its own: nothing can come untied
+        if not config.tie_word_embeddings:       # a tied head has no parameter of its own
             self.lm_head = Linear(config.hidden_size, config.vocab_size)
 
     @property
     def head_weight(self):
         """W_out, (V, D)."""
-        return self.embed_tokens.weight if self.config.tie_embeddings else self.lm_head.weight
+        return self.embed_tokens.weight if self.config.tie_word_embeddings else self.lm_head.weight
 
-    def forward(self, tokens: Tokens, taps: tuple, cache=None) -> dict:
-        """{k: the residual stream after layer k, (N_k, D) in the compute dtype} for each k of taps.
+    def forward(self, packed: Packed, layers: tuple) -> dict:
+        """{k: the residual stream after layer k, (N_k, D) in the compute dtype} for k of `layers`.
 
-        0 is the embeddings, L the stream before the final norm. N_k counts the tokens whose depth is at least
-        k, in their order in `tokens` (Tokens.at translates places). No layer above max(taps) is run.
+        0 is the embeddings, L the stream before the final norm. The N_k tokens are those of depth
+        k or more, in order (see Packed.index). No layer above max(layers) is computed.
         """
-        x = self.embed(tokens.ids)                                          # (N, D)
-        out = {0: x} if 0 in taps else {}
-        top, below = max(taps), 0
-        for last in sorted({d for d in tokens.depth.tolist() if 0 < d < top} | ({top} - {0})):
-            stage = Stage(tokens, below + 1, self.config, x.device, cache, self.flex)
-            if len(stage.keep) < len(x):                    # those whose depth is reached leave the stream
-                x = x[tokens.at(stage.keep, below).to(x.device)]
-            for k in range(below + 1, last + 1):
-                x = self.layers[k - 1](x, stage)            # (N_k, D)
-                if k in taps:
-                    out[k] = x
-            below = last
-        return out
-
-    def compile_layers(self, flex: bool) -> None:
-        """Let torch.compile fuse what is element by element, and with `flex` (GPUs: it has no backward on
-        CPUs) FlexAttention do all rows at once. One compilation serves all layers and numbers of tokens;
-        attention stays outside of it, for strands and masks differ from batch to batch."""
-        torch._dynamo.config.recompile_limit = 64           # kinds of layers, gradient or not, masks' sizes
-        self.flex = flex
-        attend = torch.compile(flex_attention, dynamic=False) if flex else None
-        for layer in self.layers:
-            layer.self_attn.flex_attention = attend
-            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
-            layer.block = torch.compile(layer.block, dynamic=True)
+        top, device = max(layers), self.embed_tokens.weight.device
+        # Layers that fewer tokens enter than the layer below. Their inputs are made before the
+        # first layer runs, so that a GPU never waits for the host in between.
+        entries = {1} | {depth + 1 for depth in packed.depth if depth < top}
+        inputs = {k: attention_inputs(packed, k, self.config, device, self.flex) for k in entries}
+        x = self.embed(torch.tensor(packed.ids, device=device))             # (N, D)
+        outputs = {0: x} if 0 in layers else {}
+        for k in range(1, top + 1):
+            if k in entries:
+                current = inputs[k]
+                if len(current.entering) < len(x):
+                    x = x.index_select(0, current.entering)                 # (N_k, D)
+            x = self.layers[k - 1](x, current)                              # (N_k, D)
+            if k in layers:
+                outputs[k] = x
+        return outputs
 
     def embed(self, ids):
-        """Token ids (N,) -> (N, D) in the compute dtype."""
-        x = self.embed_tokens(ids.to(self.embed_tokens.weight.device))
+        """Token ids (n,) -> (n, D) in the compute dtype."""
+        x = self.embed_tokens(ids)
         x = x.to(self.compute_dtype or x.dtype)
-        return x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype) if self.config.gemma else x
+        if self.config.gemma:
+            x = x * torch.tensor(self.config.hidden_size ** 0.5, dtype=x.dtype)
+        return x
 
     def logits(self, x):
         """Residual stream (n, D) -> logits (n, V) in fp32: final norm, head, cap."""
         x = self.norm(x)
-        return cap(F.linear(x, self.head_weight.to(x.dtype)).float(), self.config.final_cap)
+        logits = F.linear(x, self.head_weight.to(x.dtype)).float()
+        return cap(logits, self.config.final_logit_softcapping)
+
+    def compile_layers(self, flex: bool) -> None:
+        """Use torch.compile for the layers and, with `flex`, FlexAttention, which has no backward
+        pass on CPUs. Attention is compiled apart from its layer, as its masks change."""
+        torch._dynamo.config.recompile_limit = 64       # kinds of layers, gradient or not, sizes
+        self.flex = flex
+        compiled = torch.compile(flex_attention, dynamic=False) if flex else flex_attention
+        for layer in self.layers:
+            layer.self_attn.flex_attention = compiled
+            layer.self_attn.attend = torch.compiler.disable(layer.self_attn.attend)
+            layer.block = torch.compile(layer.block, dynamic=True)
 
 
 class Layer(nn.Module):
@@ -338,7 +368,7 @@ class Layer(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.gemma = config.gemma
-        self.checkpointing = False      # True: keep the input only, and compute the layer again in backward
+        self.checkpointing = False      # True: keep only the input and recompute in backward
         self.input_layernorm = RMSNorm(config)
         self.self_attn = Attention(config, index)
         self.post_attention_layernorm = RMSNorm(config)
@@ -347,16 +377,16 @@ class Layer(nn.Module):
             self.pre_feedforward_layernorm = RMSNorm(config)
             self.post_feedforward_layernorm = RMSNorm(config)
 
-    def forward(self, x, stage: Stage):                                     # (n, D) -> (n, D)
+    def forward(self, x, inputs: AttentionInputs):                          # (n, D) -> (n, D)
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(self.block, x, stage, use_reentrant=False)
-        return self.block(x, stage)
+            return checkpoint(self.block, x, inputs, use_reentrant=False)
+        return self.block(x, inputs)
 
-    def block(self, x, stage: Stage):
-        if self.gemma:                  # here post_attention_layernorm is, as its name says, after attention
-            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), stage))
+    def block(self, x, inputs: AttentionInputs):
+        if self.gemma:      # here post_attention_layernorm does follow attention
+            x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), inputs))
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
-        x = x + self.self_attn(self.input_layernorm(x), stage)
+        x = x + self.self_attn(self.input_layernorm(x), inputs)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -366,70 +396,73 @@ class Attention(nn.Module):
     def __init__(self, config: Config, index: int):
         super().__init__()
         self.config, self.index, self.window = config, index, config.windows[index]
-        self.flex_attention = flex_attention            # or compiled; as it is, it holds all scores
-        D, H, K, h = config.hidden_size, config.num_heads, config.num_kv_heads, config.head_dim
+        self.flex_attention = flex_attention        # compile_layers() replaces it
+        D, h = config.hidden_size, config.head_dim
+        H, K = config.num_attention_heads, config.num_key_value_heads
         self.q_proj, self.o_proj = Linear(D, H * h), Linear(H * h, D)
         self.k_proj, self.v_proj = Linear(D, K * h), Linear(D, K * h)
 
-    def forward(self, x, stage: Stage):                                     # (n, D) -> (n, D)
-        c = self.config
-        q = rotate(self.q_proj(x).view(-1, c.num_heads, c.head_dim), stage)         # (n, H, h)
-        k = rotate(self.k_proj(x).view(-1, c.num_kv_heads, c.head_dim), stage)      # (n, K, h)
-        v = self.v_proj(x).view(-1, c.num_kv_heads, c.head_dim)                     # (n, K, h)
-        return self.o_proj(self.attend(q, k, v, stage).reshape(len(x), -1))
+    def forward(self, x, inputs: AttentionInputs):                          # (n, D) -> (n, D)
+        batch, h = len(inputs.cos), self.config.head_dim
+        q = rotate(self.q_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1)), inputs)
+        k = rotate(self.k_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1)), inputs)
+        v = self.v_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1))     # (B, n, K, h)
+        return self.o_proj(self.attend(q, k, v, inputs).reshape(len(x), -1))
 
-    def attend(self, q, k, v, stage: Stage):
-        """q (n, H, h), k and v (n, K, h) of all rows -> (n, H, h)."""
-        c, masks, n = self.config, stage.masks[self.window], len(q)
-        if stage.cache is not None:
-            stage.cache.put(self.index, stage, k, v)
-        if isinstance(stage, Step):     # one new token a row, against all that the cache holds of that row
-            k, v = (t[self.index, :, :, :stage.size] for t in (stage.cache.k, stage.cache.v))
-            return attend(q[:, :, None], k, v, masks, c)    # q (R, H, 1, h), k and v (R, K, S, h)
-        if isinstance(masks, BlockMask):                    # a GPU in training: all rows at once
+    def attend(self, q, k, v, inputs: AttentionInputs):
+        """q (B, n, H, h), k and v (B, n, K, h) -> (B, n, H, h), part by part."""
+        masks, sizes = inputs.masks[self.window], inputs.sizes
+        if inputs.cache is not None:
+            k, v = inputs.cache.update(self.index, k, v)                    # (B, S, K, h)
+            return self.attention(q, k, v, masks[0])
+        parts = zip(q.split(sizes, dim=1), k.split(sizes, dim=1), v.split(sizes, dim=1), masks)
+        return torch.cat([self.attention(*part) for part in parts], dim=1)
+
+    def attention(self, q, k, v, mask):
+        """q (B, T, H, h), k and v (B, S, K, h) -> (B, T, H, h).
+
+        mask: None for causal; a bool tensor that expands to (B, H, T, S), True where a query sees a
+        key; or a BlockMask, which selects FlexAttention.
+        """
+        scale, limit = self.config.attn_scale, self.config.attn_logit_softcapping
+        dtype, T, grouped = q.dtype, q.shape[1], q.shape[2] != k.shape[2]
+        q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T or S, h)
+        if isinstance(mask, BlockMask):
             def capped(score, batch, head, query, key):
-                return cap(score, c.attn_cap)
-            q, k, v = (F.pad(t.transpose(0, 1)[None], (0, 0, 0, masks.shape[-1] - n)) for t in (q, k, v))
-            out = self.flex_attention(q, k, v, capped if c.attn_cap else None, masks, c.attn_scale,
-                                      enable_gqa=q.shape[1] != k.shape[1])
-            return out[0, :, :n].transpose(0, 1)
-        # Strand by strand: no padding, and no token sees another row. CPUs are faster at it in fp32.
-        dtype, wide = q.dtype, torch.float32 if q.device.type == "cpu" else q.dtype
-        out, strands = [], (t.transpose(0, 1)[None].to(wide).split(stage.sizes, dim=2) for t in (q, k, v))
-        for q, k, v, trunk, mask in zip(*strands, stage.trunks, masks):                 # (1, H or K, T, h)
-            if trunk:
-                k, v = (torch.cat((whole[:, :, :trunk], t), 2) for whole, t in zip(first, (k, v)))
-            else:
-                first = k, v
-            out.append(attend(q, k, v, mask, c))
-        return torch.cat(out, dim=2)[0].transpose(0, 1).to(dtype)
+                return cap(score, limit)
+            padding = (0, 0, 0, mask.shape[-1] - T)
+            out = self.flex_attention(F.pad(q, padding), F.pad(k, padding), F.pad(v, padding),
+                                      capped if limit else None, mask, scale, enable_gqa=grouped)
+            return out[:, :, :T].transpose(1, 2)
+        if q.device.type == "cpu":      # CPUs compute attention faster in fp32 than in bf16
+            q, k, v = q.float(), k.float(), v.float()
+        if limit is None:
+            out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
+                                                 scale=scale, enable_gqa=grouped)
+        else:
+            k = k.repeat_interleave(q.shape[1] // k.shape[1], dim=1)        # (B, H, S, h)
+            v = v.repeat_interleave(q.shape[1] // v.shape[1], dim=1)
+            scores = cap((q @ k.transpose(2, 3)).float() * scale, limit)    # (B, H, T, S)
+            if mask is None:
+                mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
+            out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+        return out.transpose(1, 2).to(dtype)
 
 
-def rotate(x, stage: Stage):
-    """Turn each head (n, heads, h) by its token's angles; the two halves of h are the two coordinates."""
+def rotate(x, inputs: AttentionInputs):
+    """Rotate the heads of x (B, n, heads, h) by the angles of their tokens; the coordinates of the
+    first half of h are paired with those of the second half."""
     a, b = x.chunk(2, dim=-1)
-    return x * stage.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * stage.sin.to(x.dtype)
-
-
-def attend(q, k, v, mask, config: Config):
-    """q (B, H, T, h), k and v (B, K, S, h) -> (B, H, T, h). mask: bool for (B, H, T, S), or None: causal."""
-    if config.attn_cap is None:
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None,
-                                              scale=config.attn_scale, enable_gqa=q.shape[1] != k.shape[1])
-    k, v = (t.repeat_interleave(q.shape[1] // t.shape[1], dim=1) for t in (k, v))
-    scores = cap((q @ k.transpose(2, 3)).float() * config.attn_scale, config.attn_cap)          # (B, H, T, S)
-    if mask is None:
-        mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
-    return scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
+    return x * inputs.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * inputs.sin.to(x.dtype)
 
 
 def cap(x, limit: float | None):
-    """Gemma-2's soft cap: limit * tanh(x / limit), elementwise."""
+    """Gemma-2's soft cap, elementwise: limit * tanh(x / limit)."""
     return x if limit is None else limit * torch.tanh(x / limit)
 
 
 class MLP(nn.Module):
-    """Gated MLP: SwiGLU (LLaMA) or GeGLU with the tanh GELU (Gemma-2)."""
+    """Gated MLP: SwiGLU (LLaMA), or GeGLU with the tanh approximation (Gemma-2)."""
 
     def __init__(self, config: Config):
         super().__init__()
@@ -448,17 +481,17 @@ class RMSNorm(nn.Module):
 
     def __init__(self, config: Config):
         super().__init__()
-        self.offset, self.eps = float(config.gemma), config.norm_eps
+        self.offset, self.eps = float(config.gemma), config.rms_norm_eps
         self.weight = nn.Parameter(torch.full((config.hidden_size,), 1.0 - self.offset))
 
     def forward(self, x, frozen: bool = False):                             # (n, D) -> (n, D)
         w = self.weight.detach() if frozen else self.weight
-        w = w.to(x.dtype).float() + self.offset     # through the compute dtype, as a sharded model holds it
+        w = w.to(x.dtype).float() + self.offset     # rounded as FSDP's compute copy of it is
         return F.rms_norm(x.float(), w.shape, w, self.eps).to(x.dtype)
 
 
 class Linear(nn.Linear):
-    """A linear map without bias, in the dtype of its input (its weight may be an fp32 master copy)."""
+    """A linear map without bias that casts its weight (perhaps fp32) to the dtype of its input."""
 
     def __init__(self, n_in: int, n_out: int):
         super().__init__(n_in, n_out, bias=False)
@@ -467,297 +500,218 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# ------------------------------------------------------------------------------------------- generation
+# ------------------------------------------------------------------------- equipment: generation
 
+@dataclass
 class Cache:
-    """Keys and values of R prompts for generation: (L, R, K, S, h) each, every prompt at its own positions.
-    While prompts are read, those that begin alike are one row (see decode): its trunk is stored with the
-    first of them, its branches with one each; `first` holds the first prompt of each row."""
+    """Keys and values of R rows, (L, R, S, K, h) each, and where their next T tokens go."""
+    k: torch.Tensor
+    v: torch.Tensor
+    position: torch.Tensor                                                  # (R, T)
 
-    def __init__(self, config: Config, rows: int, size: int, first, device, dtype):
-        shape = (config.num_layers, rows, config.num_kv_heads, size, config.head_dim)
-        self.k, self.v = (torch.zeros(shape, device=device, dtype=dtype) for _ in range(2))
-        self.first = first                                                  # (rows of Tokens,)
-
-    def put(self, layer: int, stage: Stage, k, v):
-        """Store k and v (n, K, h) of one layer where the stage's tokens belong."""
-        self.k[layer, stage.slot, :, stage.pos], self.v[layer, stage.slot, :, stage.pos] = k, v
-
-    def keep(self, rows):
-        """Drop all prompts but these (n,)."""
-        self.k, self.v = self.k[:, rows], self.v[:, rows]
+    def update(self, layer: int, k, v):
+        """Store k and v (R, T, K, h) of a layer; return all of them so far, (R, S, K, h)."""
+        rows = torch.arange(len(k), device=k.device)[:, None]
+        self.k[layer, rows, self.position], self.v[layer, rows, self.position] = k, v
+        used = int(self.position.max()) + 1
+        return self.k[layer, :, :used], self.v[layer, :, :used]
 
 
-class Step(Stage):
-    """The stage of one decoding step: one token of each of R rows, at positions pos (R,)."""
+def next_logits(model: Transformer, ids, cache: Cache):
+    """Logits (R, V) of the token after ids (R, T), which continue the rows of the cache."""
+    key = torch.arange(int(cache.position.max()) + 1, device=ids.device)
+    back = cache.position[:, :, None] - key                                 # (R, T, S)
+    masks = {}
+    for window in model.config.windows:
+        near = (back >= 0) & (back < (window or torch.inf))
+        masks[window] = [near[:, None]]                                     # (R, 1, T, S)
+    cos, sin = rotation(model.config, cache.position)
+    inputs = AttentionInputs(cos, sin, [ids.shape[1]], masks, cache=cache)
+    x = model.embed(ids.flatten())                                          # (R * T, D)
+    for layer in model.layers:
+        x = layer(x, inputs)
+    return model.logits(x.view(*ids.shape, -1)[:, -1])
 
-    def __init__(self, pos, config: Config, cache: Cache):
-        self.slot, self.pos, self.cache, self.size = torch.arange(len(pos)), pos, cache, int(pos.max()) + 1
-        self.cos, self.sin = rotation(config, pos, cache.k.device)
-        back = pos[:, None] - torch.arange(self.size)                    # (R, S): how far back each key lies
-        self.masks = {window: ((back >= 0) & (back < (window or torch.inf)))[:, None, None].to(cache.k.device)
-                      for window in set(config.windows)}                    # (R, 1, 1, S)
 
+@torch.no_grad()
+def decode(model: Transformer, prompts: list, max_new_tokens: int, last=()):
+    """Greedy decoding of R prompts (lists of ids) by steps: yields [(prompt number, next id)].
 
-def generate(model: Transformer, prompts: list, max_new_tokens: int, stop=(), last=()) -> list:
-    """Greedy continuations of R prompts (lists of ids), each a list of at most max_new_tokens ids.
-
-    A row ends before one of the ids in `stop` (default: the model's end tokens), behind one of the ids in
-    `last`, or when the model's last position is taken.
+    A row ends before any of the model's end tokens, after any id in `last`, or at the last position
+    of the model.
     """
+    c, device = model.config, model.embed_tokens.weight.device
+    lengths = [len(prompt) for prompt in prompts]
+    if not all(0 < length < c.max_position_embeddings for length in lengths):
+        raise InputError(f"prompts have {min(lengths)} to {max(lengths)} tokens; this model takes "
+                         f"1 to {c.max_position_embeddings - 1}")
+    size = min(max(lengths, default=0) + max_new_tokens, c.max_position_embeddings)
+    shape = (c.num_hidden_layers, len(prompts), size, c.num_key_value_heads, c.head_dim)
+    dtype = model.compute_dtype or model.embed_tokens.weight.dtype
+    k, v = torch.zeros(2, *shape, device=device, dtype=dtype)
+    logits = []
+    for r, prompt in enumerate(prompts):            # one by one, as their lengths differ
+        cache = Cache(k[:, r:r + 1], v[:, r:r + 1], torch.arange(len(prompt), device=device)[None])
+        logits.append(next_logits(model, torch.tensor([prompt], device=device), cache))
+    unfinished, position = set(range(len(prompts))), torch.tensor(lengths, device=device)
+    for done in range(1, max_new_tokens + 1):
+        if not unfinished:
+            return
+        ids = torch.cat(logits).argmax(-1)                                  # (R,)
+        new = [(r, i) for r, i in enumerate(ids.tolist()) if r in unfinished and i not in c.eos_ids]
+        yield new
+        unfinished = {r for r, i in new if i not in last and lengths[r] + done < size}
+        if unfinished and done < max_new_tokens:    # finished rows stay in the batch, unread
+            logits = [next_logits(model, ids[:, None], Cache(k, v, position[:, None]))]
+            position = (position + 1).clamp(max=size - 1)
+
+
+def generate(model: Transformer, prompts: list, max_new_tokens: int, last=()) -> list:
+    """What decode() yields, collected: a list of at most max_new_tokens ids for each prompt."""
     out = [[] for _ in prompts]
-    for step in decode(model, prompts, max_new_tokens, stop, last):
-        for r, token in step:
+    for new in decode(model, prompts, max_new_tokens, last):
+        for r, token in new:
             out[r].append(token)
     return out
 
 
-@torch.no_grad()
-def decode(model: Transformer, prompts: list, max_new_tokens: int, stop=(), last=()):
-    """generate(), a step at a time: yields [(prompt, its next id)]. Neighbours that begin alike are one row
-    while they are read, a trunk with branches, so that what they share is computed once; prompts that are
-    finished leave the batch."""
-    c, device = model.config, model.embed_tokens.weight.device
-    lengths, stop, L = [len(p) for p in prompts], set(stop or c.eos_ids), c.num_layers
-    if not all(0 < n < c.max_positions for n in lengths):
-        raise InputError(f"a prompt has {max(lengths)} tokens and one {min(lengths)}; this model takes 1 to "
-                         f"{c.max_positions - 1}")
-    if not prompts:
-        return
-    runs = alike(prompts)
-    tokens = Tokens([[(prompts[group[0]][:n], L), *((prompts[r][n:], L) for r in group)]
-                     for group, n in runs])
-    ends = [start + lengths[r] - n - 1 for (group, n), starts in zip(runs, tokens.starts)
-            for r, start in zip(group, starts[1:])]                         # the last token of each prompt
-    size = min(max(lengths) + max_new_tokens, c.max_positions)
-    cache = Cache(c, len(prompts), size, torch.tensor([group[0] for group, _ in runs]), device,
-                  model.compute_dtype or model.embed_tokens.weight.dtype)
-    x = model(tokens, (L,), cache)[L][torch.tensor(ends, device=device)]                            # (R, D)
-    for group, n in runs:
-        for kept in (cache.k, cache.v):
-            kept[:, group[1:], :, :n] = kept[:, group[:1], :, :n]
-    alive, pos, done = list(range(len(prompts))), torch.tensor(lengths), 0
-    while alive and done < max_new_tokens:
-        new, done = model.logits(x).argmax(-1), done + 1                                            # (R,)
-        said = [(slot, r, t) for slot, (r, t) in enumerate(zip(alive, new.tolist())) if t not in stop]
-        yield [(r, t) for _, r, t in said]
-        going = [slot for slot, r, t in said if t not in last and lengths[r] + done < size]
-        if len(going) < len(alive):
-            alive, new, pos = [alive[slot] for slot in going], new[going], pos[going]
-            cache.keep(going)
-        if alive and done < max_new_tokens:
-            stage, x = Step(pos, c, cache), model.embed(new)
-            for layer in model.layers:
-                x = layer(x, stage)                                         # (R, D)
-            pos = pos + 1
+# ---------------------------------------------------------- equipment: Hugging Face folders
 
-
-def alike(prompts: list) -> list:
-    """Runs of neighbours that begin alike: [(their places, how many ids they share)], each as long as what
-    they share is longer than what follows it in all of them."""
-    runs = []
-    for r, prompt in enumerate(prompts):
-        group = runs[-1][0] + [r] if runs else [r]
-        n = min(len(os.path.commonprefix([prompts[g] for g in group])), len(prompt) - 1)
-        if runs and n > sum(len(prompts[g]) - n for g in group):
-            runs[-1] = group, n
-        else:
-            runs.append(([r], len(prompt)))
-    return runs
-
-
-# ------------------------------------------------------------------------------------------- weights
-
-CARRIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-           "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja", "generation_config.json")
-FLOATS = {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}
+COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
+          "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
-    """The model of a Hugging Face folder, its weights held in dtype. Peak memory: the weights and 16 MiB."""
+    """The model of a Hugging Face folder, its weights held in dtype."""
     with torch.device("meta"):
         model = Transformer(Config.read(folder)).to(dtype)
-    fitting(model, folder)                                              # before anything is allocated
-    return fill(model.to_empty(device=device), folder)
-
-
-def fitting(model: Transformer, folder: str):
-    """The safetensors of a folder as weight_files() tells them, and the model's parameters by their names in
-    there. InputError names missing, unexpected, mis-shaped and unreadable tensors."""
-    found = weight_files(folder)                                        # tensor name -> (file, shape, dtype)
-    wanted = {hf_name(name): p for name, p in model.named_parameters()}
-    extra = {n for n in found if n not in wanted and not n.endswith("rotary_emb.inv_freq")}    # an old buffer
-    head, embedding = "lm_head.weight", "model.embed_tokens.weight"
-    if model.config.tie_embeddings and head in extra and same(found, head, embedding):
-        extra.remove(head)                                                # a tied head, written out once more
-    wrong = [f"missing {n}" for n in wanted if n not in found] + [f"unexpected {n}" for n in sorted(extra)]
-    for n, p in wanted.items():
-        _, shape, kind = found.get(n, (None, list(p.shape), "F32"))
-        wrong += [f"{n} is {shape}, expected {list(p.shape)}"] if shape != list(p.shape) else []
-        wrong += [f"{n} is {kind}, expected floats"] if kind not in FLOATS.values() else []
-    if wrong:
-        more = f"; and {len(wrong) - 5} more" if len(wrong) > 5 else ""
-        raise InputError(f"{folder}: the weights do not fit config.json: {'; '.join(wrong[:5])}{more}")
-    return found, wanted
-
-
-def fill(model: Transformer, folder: str) -> Transformer:
-    """Copy the safetensors weights of a folder into a model's parameters, plain or sharded (a rank reads its
-    own rows only). InputError as fitting()."""
-    found, wanted = fitting(model, folder)
-    for name, p in wanted.items():
-        rows, first, _ = own_rows(p)
-        for a, b in pieces(rows):
-            with open_weights(found[name][0]) as file:    # anew: mapped pages count as ours till it is closed
-                rows[a:b].copy_(file.get_slice(name)[first + a:first + b])
+    check_weights(model, folder)                # before any memory is taken
+    model.to_empty(device=device)
+    load_weights(model, folder)
     return model
 
 
-def own_rows(p):
-    """Of a parameter, plain or sharded: the rows that this rank holds, the place of their first one in the
-    whole, and whether this rank is the first of those that hold them (replicas hold the same)."""
-    p, first, foremost = p.detach(), 0, True
-    if not isinstance(p, DTensor):
-        return p, first, foremost
-    for dim, place in enumerate(p.placements):
-        rank = p.device_mesh.get_local_rank(dim)
-        if place.is_shard():              # FSDP2 gives each rank ceil(rows / ranks) rows, the last ones fewer
-            first = rank * -(-p.shape[0] // p.device_mesh.size(dim))
-        else:
-            foremost = foremost and rank == 0
-    return p.to_local(), first, foremost
+def load_weights(model: Transformer, folder: str, group=None) -> None:
+    """Read the safetensors of a folder into a model, whole or sharded over the ranks of a group."""
+    tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "torch.distributed is disabled")
+        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
+                 no_dist=group is None)
 
 
-def pieces(rows) -> list:
-    """(begin, end) of consecutive rows that hold at most 16 MiB of fp32 together."""
-    step = max(1, 2 ** 22 // math.prod(rows.shape[1:]))
-    return [(a, min(a + step, len(rows))) for a in range(0, len(rows), step)]
+def check_weights(model: Transformer, folder: str) -> None:
+    """InputError if the safetensors of a folder are not the parameters of a model."""
+    if not os.path.isdir(folder):
+        raise InputError(f"{folder}: no such folder; expected a Hugging Face model folder")
+    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
+    if not names:
+        raise InputError(f"{folder}: no .safetensors file in it (pickles, .bin or .pth, can run "
+                         "code and are never loaded)")
+    found = {}                                  # name: (file, shape, dtype)
+    for file in [os.path.join(folder, name) for name in names]:
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():
+                    part = tensors.get_slice(name)
+                    found[name] = file, list(part.get_shape()), part.get_dtype()
+        except (SafetensorError, OSError, ValueError) as error:
+            raise InputError(f"{file}: not a safetensors file ({error}); download it again, or run "
+                             "git lfs pull if it is a pointer file") from None
+    expected = {hf_name(name): list(p.shape) for name, p in model.named_parameters()}
+    missing = [name for name in expected if name not in found]
+    extra = [name for name in found if name not in expected and "rotary_emb.inv_freq" not in name]
+    wrong = [f"{name} is {found[name][2]} {found[name][1]}, expected floats {shape}"
+             for name, shape in expected.items() if name in found and (
+                 found[name][1] != shape or found[name][2] not in ("F64", "F32", "F16", "BF16"))]
+    if model.config.tie_word_embeddings and HEAD in extra and EMBEDDING in found:
+        extra.remove(HEAD)                      # a tied head that was stored as well
+        with (safe_open(found[HEAD][0], framework="pt") as one,
+              safe_open(found[EMBEDDING][0], framework="pt") as other):
+            head, embedding = one.get_tensor(HEAD), other.get_tensor(EMBEDDING)
+        if not torch.equal(head, embedding.to(head.dtype)):
+            wrong.append(f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
+    problems = []
+    for what, names in (("missing", missing), ("not expected", extra), ("wrong", wrong)):
+        if names:
+            problems.append(f"{len(names)} {what}, such as {', '.join(names[:3])}")
+    if problems:
+        raise InputError(f"{folder}: tensors do not match config.json: {'; '.join(problems)}")
 
 
 def hf_name(name: str) -> str:
-    """The name that a parameter bears in a Hugging Face checkpoint."""
+    """The name of a parameter in a Hugging Face checkpoint."""
     return name if name.startswith("lm_head") else "model." + name
 
 
-def open_weights(path: str):
-    """safe_open, with a damaged or missing file told as a user's error."""
-    try:
-        return safe_open(path, framework="pt")
-    except (SafetensorError, OSError, ValueError) as error:
-        raise InputError(f"{path}: not a readable safetensors file ({error}); download it again") from None
+def save(model: Transformer, folder: str, dtype=None, chat_template: str | None = None,
+         shard_bytes: int = 5 * 10 ** 9) -> None:
+    """Write a Hugging Face folder: weights in dtype (default: the model's), config, chat template,
+    and the tokenizer files of the folder that the model was read from.
 
-
-def weight_files(folder: str) -> dict:
-    """{tensor name: (file, shape, dtype)} over the safetensors files of a folder, from their headers."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; expected a Hugging Face model folder")
-    index, files = os.path.join(folder, "model.safetensors.index.json"), ["model.safetensors"]
-    if os.path.exists(index):
-        spec = read_json(index)
-        names = list(spec["weight_map"].values()) if isinstance(spec, dict) and isinstance(
-            spec.get("weight_map"), dict) else []
-        if not names or not all(isinstance(f, str) and f == os.path.basename(f) and f.endswith(".safetensors")
-                                for f in names):
-            raise InputError(f"{index}: expected a weight_map of tensor names to safetensors files beside it")
-        files = sorted(set(names))
-    elif not os.path.exists(os.path.join(folder, files[0])):
-        pickle = [f for f in sorted(os.listdir(folder)) if f.endswith((".bin", ".pt", ".pth", ".ckpt"))]
-        hint = " is a pickle, which can run code and is never loaded: convert it to safetensors"
-        raise InputError(f"{folder}: no model.safetensors in it" + (f"; {pickle[0]}{hint}" if pickle else ""))
-    found = {}
-    for file in (os.path.join(folder, f) for f in files):
-        with open_weights(file) as opened:
-            for name in opened.keys():
-                piece = opened.get_slice(name)
-                if name in found:
-                    raise InputError(f"{file}: {name} is in {found[name][0]} as well")
-                found[name] = file, list(piece.get_shape()), piece.get_dtype()
-    return found
-
-
-def same(found: dict, a: str, b: str) -> bool:
-    """Whether two stored tensors are equal."""
-    if b not in found or found[a][1:] != found[b][1:] or found[a][2] not in FLOATS.values():
-        return False
-    with open_weights(found[a][0]) as one, open_weights(found[b][0]) as other:
-        return torch.equal(one.get_tensor(a), other.get_tensor(b))
-
-
-def save(model: Transformer, folder: str, dtype=None, shard_bytes: int = 5 * 10 ** 9) -> None:
-    """Write a Hugging Face folder that transformers and vLLM load: config, generation config, the tokenizer
-    files of the folder that the model came from, and weights in dtype (default: the model's), in files of
-    about shard_bytes at most. All ranks call it, and each writes its own rows into their places, 16 MiB at a
-    time: no tensor is ever gathered. The folder bears its name only when it is whole.
+    All ranks call it. Rank 0 gathers the tensors of one weight file at a time and writes them. The
+    folder is written as FOLDER.partial and renamed when it is complete.
     """
     c, dtype = model.config, dtype or next(model.parameters()).dtype
-    files, size = [{}], 0                                               # the tensors of each file, by name
+    groups, size = [{}], 0                      # the tensors of each weight file
     for name, p in model.named_parameters():
         size += p.numel() * dtype.itemsize
-        if files[-1] and size > shard_bytes:
-            files.append({})
+        if groups[-1] and size > shard_bytes:
+            groups.append({})
             size = p.numel() * dtype.itemsize
-        files[-1][hf_name(name)] = p
-    files = {"model.safetensors" if len(files) == 1 else f"model-{s:05d}-of-{len(files):05d}.safetensors": t
-             for s, t in enumerate(files, 1)}
-    together = torch.distributed.is_initialized()
-    writer = not together or torch.distributed.get_rank() == 0
-    part = folder.rstrip("/") + ".partial"
-    if writer:
-        shutil.rmtree(part, ignore_errors=True)
-        os.makedirs(part)
-        for file, tensors in files.items():
-            with open(os.path.join(part, file), "wb") as out:
-                out.write(header(tensors, dtype))
-    if together:
-        torch.distributed.barrier()
-    for file, tensors in files.items():
-        place = len(header(tensors, dtype))
-        with open(os.path.join(part, file), "r+b") as out:
-            for p in tensors.values():
-                rows, first, foremost = own_rows(p)
-                row_bytes = math.prod(p.shape[1:]) * dtype.itemsize
-                out.seek(place + first * row_bytes)
-                for a, b in pieces(rows) if foremost else ():
-                    out.write(rows[a:b].to("cpu", dtype).contiguous().view(torch.uint8).numpy())
-                place += len(p) * row_bytes
-            out.flush()
-            os.fsync(out.fileno())
-    if together:
-        torch.distributed.barrier()
-    if not writer:
+        groups[-1][hf_name(name)] = p.detach()
+    writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
+    partial, weight_map = folder.rstrip("/") + ".partial", {}
+    if writes:
+        shutil.rmtree(partial, ignore_errors=True)
+        os.makedirs(partial)
+    for number, group in enumerate(groups, 1):
+        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
+        file = file if len(groups) > 1 else "model.safetensors"
+        tensors = {}
+        for name, p in group.items():
+            whole = p.full_tensor() if isinstance(p, DTensor) else p    # on all ranks: a collective
+            if writes:
+                tensors[name] = whole.to("cpu", dtype).contiguous()
+                weight_map[name] = file
+        if writes:
+            save_file(tensors, os.path.join(partial, file), metadata={"format": "pt"})
+    if not writes:
         return
-    raw = {"architectures": ["Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"], **c.raw,
-           "torch_dtype": str(dtype).removeprefix("torch.")}
-    raw.pop("dtype", None)                            # transformers 5's name for it; 4 and 5 read the old one
-    write_json(raw, os.path.join(part, "config.json"))
-    write_json(dict(bos_token_id=c.bos_id, eos_token_id=list(c.eos_ids)),
-               os.path.join(part, "generation_config.json"))
-    if len(files) > 1:
+    if len(groups) > 1:
         total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        weight_map = {name: file for file, tensors in files.items() for name in tensors}
         write_json(dict(metadata=dict(total_size=total), weight_map=weight_map),
-                   os.path.join(part, "model.safetensors.index.json"))
-    for file in CARRIED:
+                   os.path.join(partial, "model.safetensors.index.json"))
+    write_json(exported_config(c, dtype), os.path.join(partial, "config.json"))
+    write_json(dict(bos_token_id=c.bos_token_id, eos_token_id=list(c.eos_ids)),
+               os.path.join(partial, "generation_config.json"))
+    for file in COPIED:
         if os.path.exists(os.path.join(c.folder, file)):
-            shutil.copyfile(os.path.join(c.folder, file), os.path.join(part, file))
+            shutil.copyfile(os.path.join(c.folder, file), os.path.join(partial, file))
+    if chat_template:       # transformers 5 reads the .jinja file, 4 reads tokenizer_config.json
+        path = os.path.join(partial, "tokenizer_config.json")
+        tokenizer_config = read_json(path) if os.path.exists(path) else {}
+        write_json({**tokenizer_config, "chat_template": chat_template}, path)
+        with open(os.path.join(partial, "chat_template.jinja"), "w", encoding="utf-8") as file:
+            file.write(chat_template)
     shutil.rmtree(folder, ignore_errors=True)
-    os.rename(part, folder)
+    os.rename(partial, folder)
 
 
-def header(tensors: dict, dtype) -> bytes:
-    """What a safetensors file of these tensors begins with: the length of a JSON object, and the object: the
-    dtype, shape and place of each. (The library writes only what is whole in memory.)"""
-    entries, end = {"__metadata__": {"format": "pt"}}, 0
-    for name, p in tensors.items():
-        begin, end = end, end + p.numel() * dtype.itemsize
-        entries[name] = dict(dtype=FLOATS[dtype], shape=list(p.shape), data_offsets=[begin, end])
-    text = json.dumps(entries).encode()
-    text += b" " * (-len(text) % 8)                                     # so that the data are aligned
-    return len(text).to_bytes(8, "little") + text
+def exported_config(c: Config, dtype) -> dict:
+    """config.json for transformers 4, which reads rope_theta, rope_scaling and torch_dtype, and for
+    transformers 5, which reads rope_parameters."""
+    scaling = {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None
+    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": c.rope_theta}
+    architecture = "Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"
+    raw = {key: value for key, value in c.raw.items() if key != "dtype"}
+    return {"architectures": [architecture], **raw, "torch_dtype": str(dtype).split(".")[1],
+            "rope_theta": c.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
 
 
 def write_json(value, path: str) -> None:
-    """Write a value as JSON, one key a line; after a crash the file is the old one or the new one."""
+    """Write a value as JSON; after a crash the file is either the old one or the new one."""
     with open(path + ".tmp", "w", encoding="utf-8") as file:
         file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
         file.flush()

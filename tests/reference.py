@@ -1,12 +1,12 @@
-"""The method computed slowly and plainly: one record at a time, one whole forward pass of transformers for
-each term."""
+"""The method computed slowly and plainly: one record at a time, and for each loss a whole forward
+pass of transformers."""
 import torch
 import torch.nn.functional as F
 
 
 def losses(hf, records, method):
-    """{term: (sum, count)} of dft.DFT on these data.Records, by a transformers model. Differentiable."""
-    L, i, j = hf.config.num_hidden_layers, method.lc_layer, method.et_layer
+    """{term: (sum, count)} of these data.Records by a transformers model. Differentiable."""
+    L = hf.config.num_hidden_layers
     total = {"tft": [0.0, 0]}
     for term in method.signals():
         total[term] = [0.0, 0]
@@ -15,63 +15,75 @@ def losses(hf, records, method):
         total[term][0] = total[term][0] + value
         total[term][1] += count
 
-    for r in records:
-        add("tft", *continuation(hf, r.prompt, r.answer, L, None, method))
-        if r.query_en is None:
+    for record in records:
+        prompt, answer = record.prompt, record.answer
+        add("tft", continuation(hf, prompt, answer, L, None, method), len(answer))
+        if record.query_en is None:
             continue
-        for term, layer, english in (("lc", i, r.query_en), ("et", j, r.answer_en)):
-            kind = getattr(method, term)
-            if kind == "logits" and method.align == "branch":
-                add(term, *continuation(hf, r.prompt, english, layer, "frozen", method))
-            elif kind == "logits":      # place t of the target text predicts English token t
-                h = states(hf, r.prompt + r.answer)[layer]
-                first, last = r.query if term == "lc" else (len(r.prompt), len(r.prompt) + len(r.answer))
-                n = min(last - first, len(english))
-                add(term, cross_entropy(hf, h[first:first + n], english[:n], "frozen", method), n)
-            elif kind == "feature":
-                with torch.set_grad_enabled(method.english_grad):
-                    en = states(hf, r.prompt_en + r.answer_en)
-                tgt = states(hf, r.prompt + r.answer)
+        for term, signal in method.signals().items():
+            layer = method.layer(term)
+            english = record.query_en if term == "lc" else record.answer_en
+            if signal == "logits" and method.align == "branch":
+                add(term, continuation(hf, prompt, english, layer, "frozen", method), len(english))
+            elif signal == "logits":        # the state at t - 1 predicts English token t
+                first, end = len(prompt), len(prompt) + len(answer)
                 if term == "lc":
-                    a, b = en[i][:len(r.prompt_en)], tgt[i][:len(r.prompt)]
-                else:
-                    a, b = normed(hf, en[L], frozen=True)[len(r.prompt_en):], tgt[j][len(r.prompt):]
-                a, b = (x[-1] if method.pool == "last" else x.mean(0) for x in (a, b))
-                add(term, 1 - F.cosine_similarity(a, b, dim=0), 1)
+                    first, end = record.query
+                n = min(end - first, len(english))
+                h = states(hf, prompt + answer)[layer][first - 1:first - 1 + n]
+                add(term, cross_entropy(hf, h, english[:n], "frozen", method), n)
+            else:
+                add(term, feature(hf, record, term, method), 1)
     return total
 
 
+def feature(hf, record, term, method):
+    """1 - cos of the pooled states of the English text and of the target-language text."""
+    h = states(hf, record.prompt + record.answer)
+    with torch.set_grad_enabled(method.english_grad):
+        h_en = states(hf, record.prompt_en + record.answer_en)
+    if term == "lc":        # the queries without their templates, both at layer i
+        a = h_en[method.lc_layer][slice(*record.prompt_en_query)]
+        b = h[method.lc_layer][slice(*record.query)]
+    else:                   # the answers: h_L of the English one, after the norm; h_j of the other
+        a = norm(hf, h_en[-1], "frozen")[len(record.prompt_en):]
+        b = h[method.et_layer][len(record.prompt):]
+    a, b = (a[-1], b[-1]) if method.pool == "last" else (a.mean(0), b.mean(0))
+    return 1 - F.cosine_similarity(a, b, dim=0)
+
+
 def states(hf, ids):
-    """The residual stream (T, D) after layers 0..L; transformers' own last one has the final norm on it
-    already."""
-    caught = []
-    hook = hf.model.layers[-1].register_forward_hook(lambda module, args, out: caught.append(out))
-    h = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states[:-1]
+    """The residual stream (T, D) after layers 0..L. The last of transformers' hidden_states is taken
+    after the final norm, so we take it from the last layer itself."""
+    last = []
+    hook = hf.model.layers[-1].register_forward_hook(lambda module, args, out: last.append(out))
+    h = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states
     hook.remove()
-    last = caught[0][0] if isinstance(caught[0], tuple) else caught[0]
-    return [x[0] for x in h] + [last.reshape(h[0].shape)[0]]
+    return [x[0] for x in h[:-1]] + [last[0][0]]
 
 
 def continuation(hf, prompt, ids, layer, frozen, method):
-    """(-log P(ids | prompt) summed, len(ids)), read off `layer`."""
+    """-log P(ids | prompt), summed, with the head on the states after `layer`."""
     h = states(hf, prompt + ids)[layer]
-    return cross_entropy(hf, h[len(prompt) - 1:len(prompt) + len(ids) - 1], ids, frozen, method), len(ids)
+    return cross_entropy(hf, h[len(prompt) - 1:len(prompt) + len(ids) - 1], ids, frozen, method)
 
 
 def cross_entropy(hf, h, ids, frozen, method):
+    """-log P(ids), summed, ids (n,) predicted from states h (n, D)."""
     if not frozen or method.lens_norm:
-        h = normed(hf, h, frozen)
+        h = norm(hf, h, frozen)
     weight = hf.lm_head.weight.detach() if frozen else hf.lm_head.weight
-    logits = F.linear(h, weight)
+    return F.cross_entropy(cap(hf, F.linear(h, weight)), torch.tensor(ids), reduction="sum")
+
+
+def norm(hf, h, frozen):
+    """The final norm; frozen: its weight gets no gradient."""
+    weight = hf.model.norm.weight
+    weight = weight.detach() if frozen else weight
+    return torch.func.functional_call(hf.model.norm, {"weight": weight}, (h,))
+
+
+def cap(hf, logits):
+    """Gemma-2's cap on logits."""
     limit = getattr(hf.config, "final_logit_softcapping", None)
-    if limit:
-        logits = limit * torch.tanh(logits / limit)
-    return F.cross_entropy(logits, torch.tensor(ids), reduction="sum")
-
-
-def normed(hf, h, frozen):
-    norm = hf.model.norm
-    if not frozen:
-        return norm(h)
-    return torch.func.functional_call(norm, {"weight": norm.weight.detach()}, (h,))
-
+    return limit * torch.tanh(logits / limit) if limit else logits

@@ -1,11 +1,14 @@
-"""data.py: tokenizers against those of transformers, records against the template, batches by their promise.
+"""data.py: tokenizers against those of transformers, records against the template, batches.
 
     python -m pytest tests/test_data.py
 """
 import json
 import re
 import shutil
+import subprocess
+import sys
 
+import jinja2
 import numpy as np
 import pytest
 import sentencepiece
@@ -15,50 +18,49 @@ from tokenizers import models, normalizers
 from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
-from data import (Record, Tokenizer, batch_of, fingerprint, make_records, micro_batches, read_parallel, read_rows,
-                  steps_per_epoch)
+from data import (Record, Tokenizer, batch_of, chat_template, fingerprint, make_records,
+                  micro_batches, prompt_text, read_parallel, read_rows, steps_per_epoch)
 from model import Config, InputError
 
 DEMO = ROOT / "demo" / "model"
 
-
-# ------------------------------------------------------------------------------------------------- tokenizers
+# ------------------------------------------------------------------------------------- tokenizers
 
 TEXTS = [
-    "", " ", "  ", "\n", "\n\n", "a", "Hello, world!", " leading", "  two leading", "trailing ", "trailing  ",
-    " both ", "a  b   c    d", "a\n b\n  c\n\n\nd", "\t tab\tand\ttab", "carriage\r\nreturn\r",
-    "line\u2028separator\u2029here", "Don't I'LL we've they're it's O'Neill 'tis", "0 1 23 456 7890 12345678",
-    "1,234.56 + 7 = x2y3", "v1.2.3-rc4", "1 2  3   4",
-    "你好，世界！这是一个测试。", "用 Python 写一个函数，计算 123 的平方。", "全角１２３　空格", "繁體中文與注音ㄅㄆㄇ",
-    "Xin chào thế giới, tiếng Việt có dấu.", "Hãy giải thích câu tục ngữ «có công mài sắt, có ngày nên kim».",
-    "Decomposed: tie\u0302\u0301ng Vie\u0323\u0302t", "مرحبا بالعالم", "ما هي عاصمة مصر؟ ١٢٣ ٪", "مَرْحَبًا",
-    "😀", "family 👩‍👩‍👧‍👦 flag 🇻🇳 tone 👍🏽", "rare 𠮷 𝔘 ꙮ", "non\u00a0breaking \u200bzero width", "½ Ⅳ ² ①",
-    "def f(x):\n    return x ** 2  # comment\n\n\tif x: pass\n", "<table><tr><td>1</td></tr></table>",
-    "[link](http://a.b/c?d=e&f#g)",
+    "", " ", "  ", "\n", "\n\n", "a", "Hello, world!", " leading", "  two leading", "trailing ",
+    "trailing  ", " both ", "a  b   c    d", "a\n b\n  c\n\n\nd", "\t tab\tand\ttab",
+    "carriage\r\nreturn\r", "line\u2028separator\u2029here", "\0 \x04\x06 control \x7f",
+    "Don't I'LL we've they're it's O'Neill 'tis", "0 1 23 456 7890 12345678",
+    "1,234.56 + 7 = x2y3", "v1.2.3-rc4", "1 2  3   4", "你好，世界！这是一个测试。",
+    "用 Python 写一个函数，计算 123 的平方。", "全角１２３　空格", "繁體中文與注音ㄅㄆㄇ",
+    "Xin chào thế giới, tiếng Việt có dấu.", "câu tục ngữ «có công mài sắt, có ngày nên kim».",
+    "Decomposed: tie\u0302\u0301ng Vie\u0323\u0302t", "مرحبا بالعالم", "ما هي عاصمة مصر؟ ١٢٣ ٪",
+    "مَرْحَبًا", "😀", "family 👩‍👩‍👧‍👦 flag 🇻🇳 tone 👍🏽", "rare 𠮷 𝔘 ꙮ", "non\u00a0breaking \u200bzero width",
+    "½ Ⅳ ² ①", "def f(x):\n    return x ** 2  # comment\n\n\tif x: pass\n",
+    "<table><tr><td>1</td></tr></table>", "[link](http://a.b/c?d=e&f#g)", "naïve café Привет κόσμε",
     "~~~ !!! ... --- ((())) {}[] ''\"\" ``` \\n", "ALLCAPS camelCase snake_case",
-    "naïve café Übergröße ñandú Привет κόσμε",
     "### Instruction:\nTranslate.\n\n### Response:",
 ]
 SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "<mask>", "<2mass>", "<start_of_turn>",
-           "<end_of_turn>", "<unused3>", "<unused99>", "[@BOS@]", "<|begin_of_text|>", "<|end_of_text|>",
-           "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "[INST]"]
+           "<end_of_turn>", "<unused3>", "<unused99>", "[@BOS@]", "<|begin_of_text|>", "<|eot_id|>",
+           "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "[INST]"]
 # <s> and </s> are HTML to Gemma, and have ids as such
 GEMMA_CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|(start|end)_of_turn|unused\d+)>|\[@BOS@\]")
 
 
-def config_beside(tokenizer_file, folder, **keys):
-    """A Config whose folder holds a copy of a tokenizer file."""
-    shutil.copy(tokenizer_file, folder)
+def write_folder(folder, file=None, **keys):
+    """The Config of a folder with the demo's config.json, changed by keys, and a tokenizer file."""
+    if file is not None:
+        shutil.copy(file, folder)
     base = json.loads((DEMO / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**base, **keys}))
     return Config.read(str(folder))
 
 
 def published_llama(file):
-    """The tokenizer.json that is published with LLaMA-2, rebuilt from its tokenizer.model: merges in the
-    order of their scores, a prefix space even before a space. transformers 5's own conversion of a bare
-    tokenizer.model orders merges by id and adds no second space, which gives other ids for "a  b" and
-    " leading"."""
+    """The tokenizer.json that is published with LLaMA-2, rebuilt from its tokenizer.model: merges in
+    the order of their scores, a prefix space even before a space. transformers 5's own conversion
+    of a bare tokenizer.model gives other ids for "a  b" and " leading"."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     scores = {piece: sp.get_score(i) for piece, i in vocab.items() if not sp.is_byte(i)}
@@ -68,63 +70,164 @@ def published_llama(file):
     return PreTrainedTokenizerFast(tokenizer_object=fast)
 
 
-@pytest.fixture(scope="session", params=["demo", "stories260K", "llama2", "gemma2", "llama3", "smollm2"])
+@pytest.fixture(scope="session",
+                params=["demo", "stories260K", "llama2", "gemma2", "llama3", "smollm2"])
 def pair(request, tmp_path_factory):
-    """(our tokenizer, transformers' for the same file, ids that no plain text may have)."""
-    name = request.param
+    """(our tokenizer, transformers' for the same files, ids that no plain text may have)."""
+    name, folder = request.param, tmp_path_factory.mktemp(request.param)
     if name == "demo":                              # shipped, so that this much is tested everywhere
         return Tokenizer(Config.read(str(DEMO))), published_llama(DEMO / "tokenizer.model"), {0, 1, 2}
     if name == "smollm2":
         folder = request.getfixturevalue("smollm2")
         theirs = AutoTokenizer.from_pretrained(folder)
-        control = set(theirs.all_special_ids) | set(theirs.added_tokens_decoder)
-        return Tokenizer(Config.read(folder)), theirs, control
+        return Tokenizer(Config.read(folder)), theirs, set(theirs.added_tokens_decoder)
     shared = request.getfixturevalue("shared") / "data"
     if name == "stories260K":
-        folder = shared / "checkpoints" / name      # its tokenizer.json is read by transformers alone
+        folder = shared / "checkpoints" / name
         return Tokenizer(Config.read(str(folder))), AutoTokenizer.from_pretrained(folder), {0, 1, 2}
-    file, folder = shared / "tokenizers" / name / "tokenizer.model", tmp_path_factory.mktemp(name)
+    file = shared / "tokenizers" / name / "tokenizer.model"
     if name == "llama2":
-        return Tokenizer(config_beside(file, folder, vocab_size=32000)), published_llama(file), {0, 1, 2}
-    if name == "gemma2":
-        ours = Tokenizer(config_beside(file, folder, vocab_size=256000, bos_token_id=2, eos_token_id=1))
+        return Tokenizer(write_folder(folder, file, vocab_size=32000)), published_llama(file), {0, 1, 2}
+    if name == "gemma2":    # as published: tokenizer.model and tokenizer.json, which lists its tokens
+        config = write_folder(folder, file, vocab_size=256000, bos_token_id=2, eos_token_id=1)
         theirs = GemmaTokenizer.from_pretrained(folder)
-        return ours, theirs, {i for piece, i in theirs.get_vocab().items() if GEMMA_CONTROL.fullmatch(piece)}
-    config = config_beside(file, folder, vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
-    theirs = PreTrainedTokenizerFast(tokenizer_object=TikTokenConverter(vocab_file=str(file)).converted())
+        theirs.save_pretrained(folder)
+        control = {i for piece, i in theirs.get_vocab().items() if GEMMA_CONTROL.fullmatch(piece)}
+        return Tokenizer(config), theirs, control
+    fast = TikTokenConverter(vocab_file=str(file)).converted()
+    theirs = PreTrainedTokenizerFast(tokenizer_object=fast)
+    theirs.save_pretrained(folder)                  # published folders have a tokenizer.json
+    config = write_folder(folder, vocab_size=128256, bos_token_id=128000, eos_token_id=128001)
     return Tokenizer(config), theirs, set(range(128000, 128256))
 
 
-def test_ids_equal_those_of_transformers(pair):
+def test_ids_equal_those_of_transformers_and_decode_to_the_text(pair):
     ours, theirs, _ = pair
     expected = theirs(TEXTS, add_special_tokens=False).input_ids
     for text, found, wanted in zip(TEXTS, ours.encode(TEXTS), expected):
         assert found == wanted, repr(text)
-
-
-def test_decoding_gives_the_text_back(pair):
-    ours, _, _ = pair
-    for text, ids in zip(TEXTS, ours.encode(TEXTS)):
-        assert ours.decode(ids) == text
-    assert ours.decode([]) == ""
+        lacking = theirs.decode(wanted) != text and "\x04" in text      # SmolLM2 has no such byte
+        assert lacking or ours.decode(found) == text
+    (ids,) = ours.encode(["Hello, world!"])
+    padded = [ours.bos_id, *ids, ours.eos_id, ours.size, ours.size + 5]
+    assert ours.decode(padded) == "Hello, world!"           # no control tokens, no ids beyond the last
 
 
 def test_the_text_of_a_special_token_is_plain_text(pair):
     ours, _, control = pair
-    assert control
     texts = SPECIAL + [f"say {s} twice: {s}{s}" for s in SPECIAL] + ["".join(SPECIAL)]
     for text, ids in zip(texts, ours.encode(texts)):
         assert not control & set(ids), text
         assert ours.decode(ids) == text
 
 
-def test_decode_leaves_out_bos_eos_and_ids_beyond_the_tokenizer(pair):
-    ours, _, _ = pair
-    (ids,) = ours.encode(["Hello, world!"])
-    assert ours.decode([ours.bos_id, *ids, ours.eos_id, ours.size, ours.size + 5]) == "Hello, world!"
+# A byte-level BPE with three merges, in the form of tokenizer.json
+PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
+OTHER = [b for b in range(256) if b not in PRINTABLE]
+CHARS = [chr(b) if b in PRINTABLE else chr(256 + OTHER.index(b)) for b in range(256)]
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
+VOCAB = {token: n for n, token in enumerate([*CHARS, "th", "the", "Ġthe"])}
+MODEL = {"type": "BPE", "merges": ["t h", "th e", "Ġ the"], "vocab": VOCAB}
+BPE = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "model": MODEL}
+BOS = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
+NO_BOS = {"single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}]}
 
 
-# ---------------------------------------------------------------------------------------------------- records
+@pytest.mark.parametrize("post, settings, bos", [
+    (BOS, {"add_bos_token": False}, [1]), ({"processors": [{"type": "ByteLevel"}, BOS]}, {}, [1]),
+    (NO_BOS, {"add_bos_token": True}, []), (None, {"add_bos_token": True}, []),
+    ("no file", {"add_bos_token": True}, [1]), ("no file", {"add_bos_token": False}, []),
+    ("no file", {}, [1])])
+def test_bos_is_added_as_transformers_5_adds_it(tmp_path, post, settings, bos):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    if post != "no file":
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**BPE, "post_processor": post}))
+    assert Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model")).bos == bos
+
+
+@pytest.mark.parametrize("name", ["demo", "smollm2", "stories260K"])
+def test_a_prompt_is_what_transformers_chat_template_gives(request, tmp_path, name):
+    if name == "demo":      # without "legacy", transformers 5 has no space before the first word
+        write_folder(folder := tmp_path, DEMO / "tokenizer.model")
+        settings = json.loads((DEMO / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": True}))
+    elif name == "smollm2":
+        folder = request.getfixturevalue("smollm2")
+    else:
+        folder = request.getfixturevalue("shared") / "data" / "checkpoints" / name
+    ours, theirs = Tokenizer(Config.read(str(folder))), AutoTokenizer.from_pretrained(folder)
+    assert ours.bos == theirs("x").input_ids[:-1][:1]
+    theirs.chat_template = chat_template(bool(ours.bos))
+    for question in ("What is this?", "你好吗\n第二行 ", "{{ 1 }} \\n <b> {% x %}", " lead"):
+        messages, row = [{"role": "user", "content": question}], dict(instruction=question, output="!")
+        (record,), _ = make_records([("row", row)], ours, "target", 512)
+        bos = theirs.bos_token if ours.bos else ""
+        assert theirs.apply_chat_template(messages, tokenize=False) == bos + prompt_text(question, "")
+        assert theirs.apply_chat_template(messages, return_dict=False) == record.prompt
+
+
+@pytest.mark.parametrize("roles", [["system", "user"], ["user", "assistant", "user"], ["assistant"]])
+def test_the_chat_template_refuses_what_was_not_trained(roles):
+    theirs = published_llama(DEMO / "tokenizer.model")
+    with pytest.raises(jinja2.exceptions.TemplateError, match="pass exactly one user message"):
+        messages = [{"role": role, "content": "text"} for role in roles]
+        theirs.apply_chat_template(messages, chat_template=chat_template(False))
+
+
+def test_tokens_that_transformers_5_added_are_refused_by_name(tmp_path):
+    theirs = AutoTokenizer.from_pretrained(DEMO)
+    theirs.add_tokens(["Bác", "法国", "<think>"])
+    theirs.save_pretrained(tmp_path)                        # a tokenizer.json, no tokenizer.model
+    with pytest.raises(InputError, match=f"{tmp_path}: the tokenizer has an added token, 'Bác'"):
+        Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model"))
+
+
+TOKEN = {"content": "<x>", "special": False}
+ADDED = {"tokenizer.json": {**BPE, "added_tokens": [TOKEN]}, "added_tokens.json": {"<x>": 3200},
+         "tokenizer_config.json": {"added_tokens_decoder": {"3200": TOKEN}}}
+
+
+@pytest.mark.parametrize("name", ADDED)
+def test_an_added_token_is_refused_unless_it_is_special(tmp_path, name):
+    (tmp_path / name).write_text(json.dumps(ADDED[name]))
+    config = write_folder(tmp_path, DEMO / "tokenizer.model", vocab_size=3201)
+    with pytest.raises(InputError, match="the tokenizer has an added token, '<x>'"):
+        Tokenizer(config)
+    text = json.dumps(ADDED[name]).replace('"special": false', '"special": true')
+    (tmp_path / name).write_text(text)
+    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<x>"}')   # of Stanford Alpaca
+    assert Tokenizer(config).size == 3200
+
+
+BAD_BPE = {
+    "a unigram": {"model": {"type": "Unigram", "vocab": []}}, "LLaMA-2": {"pre_tokenizer": None},
+    "metaspace": {"pre_tokenizer": {"type": "Metaspace"}}, "a normalizer": {"normalizer": {"type": "NFC"}},
+    "a prefix space": {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
+    "no words": {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}},
+    "digits together": {"pre_tokenizer": {"pretokenizers": [
+        {"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}},
+    "a merge of no token": {"model": {**MODEL, "merges": ["x y"]}},
+    "another order of merges": {"model": {**MODEL, "merges": ["th e", "t h"]}}}
+
+
+@pytest.mark.parametrize("case", BAD_BPE)
+def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, case):
+    (tmp_path / "tokenizer.json").write_text(json.dumps({**BPE, **BAD_BPE[case]}))
+    with pytest.raises(InputError, match="tokenizer.json: expected a byte-level BPE.*LLaMA-2 and Gemma"):
+        Tokenizer(write_folder(tmp_path, vocab_size=259))
+
+
+@pytest.mark.parametrize("size, fits", [(3199, False), (3200, True), (4224, True), (4225, False)])
+def test_a_model_has_as_many_ids_as_its_tokenizer_or_a_few_more(tmp_path, size, fits):
+    config = write_folder(tmp_path, DEMO / "tokenizer.model", vocab_size=size)
+    if fits:
+        assert Tokenizer(config).size == 3200
+    else:
+        with pytest.raises(InputError, match=f"has 3200 ids, but vocab_size in config.json is {size}"):
+            Tokenizer(config)
+
+
+# ---------------------------------------------------------------------------------------- records
 
 @pytest.fixture(scope="module")
 def demo():
@@ -132,145 +235,173 @@ def demo():
     return Tokenizer(Config.read(str(DEMO)))
 
 
+ENGLISH = ("instruction_en", "input_en", "output_en")
+
+
 def example(n=0, **keys):
-    """A parallel record; every third has an input."""
-    return {"instruction": f"Thủ đô {n} là gì?", "input": f"Nước {n}" * (n % 3 == 0), "output": f"Hà Nội {n}",
-            "instruction_en": f"What is capital {n}?", "input_en": f"Country {n}" * (n % 3 == 0),
-            "output_en": f"Hanoi {n}", "lang": "vi", **keys}
+    """A parallel row; every third has an input."""
+    return {"instruction": f"Thủ đô {n} là gì?", "input": f"Nước {n}" * (n % 3 == 0),
+            "output": f"Hà Nội {n}", "instruction_en": f"What is capital {n}?",
+            "input_en": f"Country {n}" * (n % 3 == 0), "output_en": f"Hanoi {n}", "lang": "vi", **keys}
 
 
-def english_only(n=0, **keys):
-    """A record without parallel."""
+def plain(n=0, **keys):
     return {"instruction": f"Name prime {n}.", "input": "", "output": f"Prime {n}", **keys}
+
+
+def without(row, *keys):
+    return {k: v for k, v in row.items() if k not in keys}
 
 
 def write(path, rows):
     """Rows as JSONL -> the path as text."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+    path.write_text("".join(lines), encoding="utf-8")
     return str(path)
 
 
-ENGLISH = ("instruction_en", "input_en", "output_en")
-
-
-def without(row, *keys):
-    """A record less some of its keys."""
-    return {k: v for k, v in row.items() if k not in keys}
-
-
-def objects(rows):
-    """Rows without their places."""
-    return [row for _, row in rows]
-
-
-def records_of(rows, tokenizer, side="both", max_length=512):
+def records_of(rows, tokenizer, side="both", max_length=512, english_prompt=True):
     """make_records of plain objects."""
-    return make_records([(f"row {n}", row) for n, row in enumerate(rows)], tokenizer, side, max_length)
+    rows = [(f"row {n}", row) for n, row in enumerate(rows)]
+    return make_records(rows, tokenizer, side, max_length, english_prompt)
 
 
 def alpaca(instruction, input):
-    """Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca, train.py), written down once more."""
+    """Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca, train.py), once more."""
     if input:
-        return ("Below is an instruction that describes a task, paired with an input that provides further "
-                "context. Write a response that appropriately completes the request.\n\n"
+        return ("Below is an instruction that describes a task, paired with an input that provides "
+                "further context. Write a response that appropriately completes the request.\n\n"
                 f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-    return ("Below is an instruction that describes a task. "
-            "Write a response that appropriately completes the request.\n\n"
-            f"### Instruction:\n{instruction}\n\n### Response:")
+    return ("Below is an instruction that describes a task. Write a response that appropriately "
+            f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:")
 
 
 def test_jsonl_and_a_json_array_are_read_alike(tmp_path):
-    rows = [example(n) for n in range(5)]
+    rows = [example(n, output=f"one\u2028two\u0085{n}") for n in range(5)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
-    files = {"plain": "\n".join(lines) + "\n", "no last newline": "\n".join(lines),
-             "CRLF": "\r\n".join(lines) + "\r\n", "BOM": "\ufeff" + "\n".join(lines),
-             "blank lines": "\n\n  \n".join(lines) + "\n\n",
-             "array": json.dumps(rows), "indented array": "\n " + json.dumps(rows, indent=1),
-             "array with BOM": "\ufeff" + json.dumps(rows)}
-    for name, text in files.items():
-        path = tmp_path / name
-        path.write_bytes(text.encode("utf-8"))
-        assert objects(read_rows(str(path))) == rows, name
+    for text in ("\n".join(lines) + "\n", "\n".join(lines), "\r\n".join(lines) + "\r\n",
+                 "\n\n  \n".join(lines) + "\n\n", json.dumps(rows), "\n " + json.dumps(rows, indent=1)):
+        for mark in ("", "\ufeff"):
+            (tmp_path / "rows").write_bytes((mark + text).encode("utf-8"))
+            assert [row for _, row in read_rows(str(tmp_path / "rows"))] == rows
 
 
-@pytest.mark.parametrize("separator", ["\u2028", "\u2029", "\u0085"])
-def test_a_unicode_line_separator_inside_a_string_does_not_end_the_line(tmp_path, separator):
-    rows = [example(0, output=f"one{separator}two"), example(1)]
-    path = write(tmp_path / "rows.jsonl", rows)
-    with open(path, encoding="utf-8") as file:
-        assert separator in file.read()                     # itself, not as an escape
-    assert objects(read_rows(path)) == rows
-
-
-def test_two_files_are_joined_by_id_whatever_their_order(tmp_path):
-    both = [example(n) for n in range(6)]
-    target = [{"id": n, **without(row, *ENGLISH)} for n, row in enumerate(both)]
-    english = [{"id": n, **{k.removesuffix("_en"): row[k] for k in ENGLISH}} for n, row in enumerate(both)]
-    english += [{**english[0], "id": "of no target record"}]
+def test_two_files_are_joined_by_id_whatever_their_order_and_the_type_of_ids(tmp_path):
+    both = [example(n, id=n) for n in range(6)]
+    english = [{k.removesuffix("_en"): row[k] for k in ENGLISH} | {"id": str(row["id"])} for row in both]
+    english.append({**english[0], "id": "of no target row"})
     shuffled = [english[n] for n in (4, 0, 6, 2, 5, 1, 3)]
-    joined = read_parallel(write(tmp_path / "vi.jsonl", target), write(tmp_path / "en.jsonl", shuffled))
-    assert objects(joined) == [{"id": n, **row} for n, row in enumerate(both)]
-
-
-def test_two_files_without_ids_are_joined_by_place(tmp_path):
-    both = [example(n) for n in range(6)]
     target = [without(row, *ENGLISH) for row in both]
+    joined = read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", shuffled))
+    assert [row for _, row in joined] == [{**row, "joined": "by id"} for row in both]
+
+
+def test_two_files_without_ids_are_joined_by_position_and_the_counts_say_so(tmp_path, demo):
+    both = [example(0, output_en=""), example(1), example(2)]
     english = [{k.removesuffix("_en"): row[k] for k in ENGLISH} for row in both]
-    english[2]["id"] = 5                                    # one id is no join
-    joined = read_parallel(write(tmp_path / "vi.jsonl", target), write(tmp_path / "en.jsonl", english))
-    assert objects(joined) == both
+    english[0]["output"] = english[1]["id"] = None          # as pandas writes what is missing
+    target = [without(row, *ENGLISH) for row in both]
+    joined = read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", english))
+    assert [row for _, row in joined] == [{**row, "joined": "by position"} for row in both]
+    _, counts = make_records(joined, demo, "both", 512)
+    assert str(counts) == ("3 of 3 records kept, joined by position; 2 with an English side; "
+                           "1 without one (1 of them with half of one)")
+    assert make_records(read_parallel(str(tmp_path / "vi")), demo, "both", 512)[1].joined == ""
 
 
-def test_a_record_is_bos_prompt_answer_eos_with_pieces_encoded_apart(demo):
-    rows = [example(0), example(1)]                         # with an input and without
+BAD_PAIRS = {
+    "different lengths": ([plain(0), plain(1)], [plain(0)], "vi has 2 rows, .*en has 1: without ids"),
+    "ids in one file": ([plain(0, id=0)], [plain(0)], "en:1: no id, but other rows have one"),
+    "a hole": ([plain(id=0), plain(id=1)], [plain(id=0), plain()], "en:2: no id, but other rows"),
+    "two holes": ([plain(id=0), plain()], [plain(id=0), plain()], "vi:2: no id, but other rows"),
+    "an id twice": ([plain(id=1)], [plain(id=1), plain(id="1")], "en:2: id '1' occurs twice.*en:1"),
+    "an unknown id": ([plain(id="x")], [plain(id=1)], r"vi:1: no row of .*en has its id, 'x'"),
+    "a fraction": ([plain(id=0)], [plain(id=0.0)], "en:1: id is 0.0, expected a whole number or text"),
+    "a truth value": ([plain(id=1)], [plain(id=True)], "en:1: id is true, expected a whole number"),
+    "a number as text": ([plain()], [plain(output=7)], "en:1: 'output' is 7, expected text")}
+
+
+@pytest.mark.parametrize("case", BAD_PAIRS)
+def test_two_files_that_do_not_belong_together_are_refused(tmp_path, case):
+    target, english, message = BAD_PAIRS[case]
+    with pytest.raises(InputError, match=message):
+        read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", english))
+
+
+def test_a_user_s_files_are_joined_by_id_and_refused_with_a_hole(shared):
+    zh, en, hole = [str(shared / "faults" / f"ids_{n}.jsonl") for n in ("zh", "en", "en_hole")]
+    pairs = {row["output"]: row["output_en"] for _, row in read_parallel(zh, en)}
+    assert pairs["巴黎。"] == "Paris." and pairs["早上好"] == "good morning"
+    with pytest.raises(InputError, match="ids_en_hole.jsonl:4: no id, but other rows have one"):
+        read_parallel(zh, hole)
+
+
+def test_a_record_is_bos_prompt_answer_eos_with_its_parts_tokenised_separately(demo):
+    for row in (example(0), example(1)):                    # with an input and without
+        (record,), counts = records_of([row], demo)
+        texts = [alpaca(row["instruction"], row["input"]), row["output"], row["output_en"],
+                 alpaca(row["instruction_en"], row["input_en"]),
+                 row["instruction_en"] + ("\n\n" + row["input_en"] if row["input_en"] else "")]
+        prompt, answer, answer_en, prompt_en, query_en = demo.encode(texts)
+        eos = [demo.eos_id]
+        assert (record.prompt, record.answer) == (demo.bos + prompt, answer + eos)
+        assert (record.prompt_en, record.answer_en) == (demo.bos + prompt_en, answer_en + eos)
+        assert record.query_en == query_en                  # no template, no BOS, no EOS
+        assert str(counts) == "1 of 1 records kept; 1 with an English side"
+        for side, half in (("target", (record.prompt, record.answer, record.query)),
+                           ("english", (record.prompt_en, record.answer_en, record.prompt_en_query))):
+            (alone,), counts = records_of([row], demo, side)
+            assert alone == Record(*half) and str(counts) == "1 of 1 records kept"
+
+
+UNTRANSLATED = {"missing": without(example(1), *ENGLISH),
+                **{str(value): example(1, **dict.fromkeys(ENGLISH, value)) for value in (None, "", " ")}}
+HALF = {"no answer": example(1, output_en=""), "a null answer": example(1, output_en=None),
+        "no query": example(1, instruction_en=" "), "input only": without(example(0), *ENGLISH[::2])}
+
+
+@pytest.mark.parametrize("lang", ["vi", "en", None])
+@pytest.mark.parametrize("case", [*UNTRANSLATED, *HALF])
+def test_a_row_without_a_whole_english_side_is_trained_without_it_and_counted(demo, case, lang):
+    rows = [example(0), {**UNTRANSLATED, **HALF}[case] | {"lang": lang}, example(2)]
     records, counts = records_of(rows, demo)
-
-    def ids(text):
-        return demo.encode([text])[0]
-
-    for row, record in zip(rows, records):
-        assert record.prompt == [demo.bos_id] + ids(alpaca(row["instruction"], row["input"]))
-        assert record.answer == ids(row["output"]) + [demo.eos_id]
-        assert record.prompt_en == [demo.bos_id] + ids(alpaca(row["instruction_en"], row["input_en"]))
-        assert record.answer_en == ids(row["output_en"]) + [demo.eos_id]
-        text = row["instruction_en"] + ("\n\n" + row["input_en"] if row["input_en"] else "")
-        assert record.query_en == ids(text)                 # no template, no BOS, no EOS
-    assert (counts.read, counts.kept, counts.parallel) == (2, 2, 2)
-    assert (counts.cut, counts.empty, counts.long) == (0, 0, 0)
-
-
-def test_side_target_has_no_english_side(demo):
-    records, counts = records_of([example(0)], demo, "target")
-    assert records[0].query_en is records[0].answer_en is records[0].prompt_en is None
-    assert counts.parallel == 0
-    assert records[0].prompt == records_of([example(0)], demo)[0][0].prompt
-
-
-def test_side_english_makes_the_english_side_the_record(demo):
-    records, counts = records_of([example(0), english_only(1, lang="en")], demo, "english")
-    (expected, alone), _ = records_of([example(0), english_only(1)], demo)
-    assert (records[0].prompt, records[0].answer) == (expected.prompt_en, expected.answer_en)
-    assert (records[1].prompt, records[1].answer) == (alone.prompt, alone.answer)
-    assert records[0].query_en is None and counts.parallel == 0
-
-
-@pytest.mark.parametrize("keys", [{}, {"lang": "en"}])
-def test_an_english_only_record_is_kept_without_an_english_side(demo, keys):
-    records, counts = records_of([example(0), english_only(1, **keys), example(2)], demo)
     assert [r.query_en is None for r in records] == [False, True, False]
-    assert (records[1].answer_en, records[1].prompt_en) == (None, None)
-    assert (counts.kept, counts.parallel) == (3, 2)
-    # the English sides stay with their own records
-    assert records[2].answer_en == records_of([example(2)], demo)[0][0].answer_en
+    assert records[1] == records_of(rows[1:2], demo, "target")[0][0]
+    assert (counts.kept, counts.parallel, counts.target_only) == (3, 2, 1)
+    assert counts.partial == (case in HALF)
+    assert records[2] == records_of([example(2)], demo)[0][0]
+
+
+def test_the_method_sft_trains_on_english_and_on_nothing_else(demo):
+    english = [plain(1), plain(2, lang="en"), plain(3, lang="vi")]
+    assert records_of(english[:1], demo, "english")[1].kept == 1        # Stanford Alpaca's own file
+    assert records_of(english, demo, "english")[1].kept == 2
+    rows = [example(0), *UNTRANSLATED.values(), without(example(2), "lang", *ENGLISH), english[1]]
+    records, counts = records_of(rows, demo, "english")
+    assert (counts.kept, counts.empty) == (2, 5)
+    assert demo.decode(records[1].answer) == "Prime 2"
+
+
+@pytest.mark.parametrize("keys", [{}, {"input": None}, {"input_en": None}])
+def test_a_missing_input_is_an_empty_one(demo, keys):
+    row = without(example(1), "input", "input_en")
+    assert records_of([{**row, **keys}], demo)[0] == records_of([example(1)], demo)[0]
+
+
+@pytest.mark.parametrize("keys", [{"output": ""}, {"output": " \n"}, {"instruction": " "}])
+def test_a_row_without_a_query_or_an_answer_is_dropped_and_counted(demo, keys):
+    records, counts = records_of([example(0), example(1, **keys), example(2)], demo)
+    assert (counts.read, counts.kept, counts.empty, len(records)) == (3, 2, 1, 2)
+    with pytest.raises(InputError, match="row 0 .*0 of 1 records kept; 1 dropped: no query or no"):
+        records_of([example(1, **keys)], demo)
 
 
 def test_a_long_answer_is_cut_counted_and_loses_its_eos(demo):
     (whole,), _ = records_of([example(1)], demo)
-    # P + A just fits; all but the EOS of it; one token of the answer
-    for length, cut in ((len(whole.prompt + whole.answer), 0), (len(whole.prompt + whole.answer) - 1, 1),
-                        (len(whole.prompt) + 1, 1)):
+    full, prompt = len(whole.prompt + whole.answer), len(whole.prompt)
+    for length, cut in ((full, 0), (full - 1, 1), (prompt + 1, 1)):
         (record,), counts = records_of([example(1)], demo, "target", length)
-        assert record.answer == whole.answer[:length - len(whole.prompt)]
+        assert record.answer == whole.answer[:length - prompt]
         assert (record.answer[-1] == demo.eos_id) == (not cut)
         assert (counts.cut, counts.kept) == (cut, 1)
 
@@ -278,43 +409,29 @@ def test_a_long_answer_is_cut_counted_and_loses_its_eos(demo):
 @pytest.mark.parametrize("key, field", [("instruction_en", "query_en"), ("output_en", "answer_en"),
                                         ("output", "answer")])
 def test_every_sequence_of_a_record_fits_max_length(demo, key, field):
-    # instruction_en lengthens the English prompt too: the target side must then be the roomy one
+    # instruction_en lengthens the English prompt too: the target side must then have more room
     rows = [example(1, **{key: "many words " * 20})]
     (whole,), _ = records_of(rows, demo)
     length = max(len(whole.prompt), len(whole.prompt_en)) + 5
-    (record,), counts = records_of(rows, demo, "both", length)
-    for prompt, piece in ((record.prompt, record.answer), (record.prompt, record.query_en),
-                          (record.prompt, record.answer_en), (record.prompt_en, record.answer_en)):
-        assert len(prompt + piece) <= length
-    part, all_of_it = getattr(record, field), getattr(whole, field)
-    assert part and part == all_of_it[:len(part)] and len(part) < len(all_of_it)
-    assert counts.cut == 1
+    (r,), counts = records_of(rows, demo, "both", length)
+    for prompt, part in ((r.prompt, r.answer), (r.prompt, r.query_en), (r.prompt, r.answer_en),
+                         (r.prompt_en, r.answer_en)):
+        assert len(prompt + part) <= length
+    part, all_of_it = getattr(r, field), getattr(whole, field)
+    assert part and part == all_of_it[:len(part)] and len(part) < len(all_of_it) and counts.cut == 1
 
 
-def test_a_prompt_that_fills_max_length_is_dropped_and_counted(demo):
-    rows = [example(1), example(1, instruction="many words " * 40),
-            example(1, instruction_en="many words " * 40)]
-    first = records_of(rows[:1], demo)[0][0]
-    length = len(first.prompt) + 30
-    records, counts = records_of(rows, demo, "both", length)
-    assert [r.prompt for r in records] == [first.prompt]
-    assert (counts.read, counts.kept, counts.long, counts.parallel) == (3, 1, 2, 1)
-    for room, kept in ((1, 1), (0, 0)):                     # one token of an answer is enough
-        rows = [example(1), english_only(2, instruction="?", output="!")]
-        _, counts = records_of(rows, demo, "target", len(first.prompt) + room)
-        assert (counts.kept, counts.long) == (1 + kept, 1 - kept)
-
-
-@pytest.mark.parametrize("keys", [{"output": ""}, {"output": " \n"}, {"output_en": ""}])
-def test_a_record_with_an_empty_answer_is_dropped_and_counted(demo, keys):
-    records, counts = records_of([example(0), example(1, **keys), example(2)], demo)
-    assert (counts.read, counts.kept, counts.empty, len(records)) == (3, 2, 1, 2)
-    assert records[1].answer_en == records_of([example(2)], demo)[0][0].answer_en
-
-
-def test_nothing_left_is_an_error_that_counts(demo):
-    with pytest.raises(InputError, match="row 0.*0 of 1 records kept.*1 .*empty answer"):
-        records_of([example(0, output="")], demo)
+def test_a_row_whose_prompt_fills_max_length_is_dropped_if_the_method_uses_that_prompt(demo):
+    long = "many words " * 40
+    rows = [example(1), example(1, instruction=long), example(1, instruction_en=long)]
+    prompt = len(records_of(rows[:1], demo)[0][0].prompt)
+    for side, english_prompt, kept in (("both", True, 1), ("both", False, 2), ("target", True, 2)):
+        records, counts = records_of(rows, demo, side, prompt + 30, english_prompt)
+        assert (len(records), counts.kept, counts.long) == (kept, kept, 3 - kept)
+        assert all((r.prompt_en is not None) == (kept == 1) for r in records)
+    assert records_of(rows, demo, "target", prompt + 1)[1].kept == 2    # room for one token
+    with pytest.raises(InputError, match="3 dropped: the prompt fills --max_length"):
+        records_of(rows, demo, "target", prompt)
 
 
 @pytest.mark.parametrize("keys", [{}, {"input": "Câu: mèo đen"}, {"instruction": "? ai"},
@@ -322,17 +439,69 @@ def test_nothing_left_is_an_error_that_counts(demo):
                                   {"instruction": "ما هي العاصمة؟", "input": "مصر"}])
 def test_the_query_span_covers_the_query_with_no_token_to_spare(demo, keys):
     row = example(1, **keys)
+    row |= {f"{key}_en": row[key] for key in ("instruction", "input", "output")}
     (record,), _ = records_of([row], demo)
-    text = demo.decode(record.prompt[slice(*record.query)])
+    first, end = record.query
     query = row["instruction"] + (f"\n\n### Input:\n{row['input']}" if row["input"] else "")
-    assert query in text
-    # Its first and last token may reach over the border ("?\n\n###" is one token here), but none is to spare.
-    a, b = record.query
-    for shorter in (record.prompt[a + 1:b], record.prompt[a:b - 1]):
+    assert query in demo.decode(record.prompt[first:end])
+    # Its first and last token may cross the border ("?\n\n###" is one token here)
+    for shorter in (record.prompt[first + 1:end], record.prompt[first:end - 1]):
         assert query not in demo.decode(shorter)
+    assert (record.prompt_en, record.prompt_en_query) == (record.prompt, record.query)
 
 
-# ---------------------------------------------------------------------------------------------------- batches
+BAD_FILES = {
+    "malformed line": (b'{"instruction": "a"}\n\n{"instruction": \n', "rows:3: malformed JSON"),
+    "malformed array": (b'[{"instruction": "a"}, {]', "rows: malformed JSON"),
+    "a list in a line": (b'{"instruction": "a"}\n["a"]\n', "rows:2: found a list, expected an object"),
+    "text in an array": (b'[{"id": 1}, "b"]', r"rows\[1\]: found a str, expected an object"),
+    "a key twice": (b'{"a": 1}\n{"output": 1, "b": 1, "output": 2}', "rows:2: .*'output' occurs twice"),
+    "a key twice in an array": (b'[{"id": 1, "id": 2}]', "rows: .*'id' occurs twice"),
+    "plain text": ("你好。\n".encode(), "rows: begins with '你好.*JSONL or a JSON array"),
+    "blank": (b"\xef\xbb\xbf \n\n", "rows: no records"), "empty array": (b"[]", "rows: no records"),
+    "not UTF-8": ('{"instruction": "café"}'.encode("latin-1"), "rows: not UTF-8")}
+
+
+@pytest.mark.parametrize("case", BAD_FILES)
+def test_a_file_that_is_no_list_of_records_is_refused_with_its_place(tmp_path, case):
+    blob, message = BAD_FILES[case]
+    (tmp_path / "rows").write_bytes(blob)
+    with pytest.raises(InputError, match=message):
+        read_rows(str(tmp_path / "rows"))
+    with pytest.raises(InputError, match="nowhere.jsonl: No such file"):
+        read_rows(str(tmp_path / "nowhere.jsonl"))
+
+
+def test_a_csv_file_is_converted_by_the_command_of_the_message(tmp_path):
+    row = example(3, output='two\nlines, "quoted"')
+    quoted = ['"' + value.replace('"', '""') + '"' for value in row.values()]
+    (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(quoted), encoding="utf-8")
+    with pytest.raises(InputError, match="begins with 'instruction,.*JSONL or a JSON array") as error:
+        read_rows(str(tmp_path / "a.csv"))
+    command = str(error.value).split("CSV: ")[1].replace("FILE", "a").replace("python", sys.executable)
+    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
+    assert [row for _, row in read_rows(str(tmp_path / "a.jsonl"))] == [row]
+
+
+BAD_ROWS = {
+    "no output": (without(example(1), "output"), "'output' is missing.*keys: instruction, input"),
+    "null": (example(1, output=None), "'output' is null, expected text"),
+    "a number": (example(1, instruction=7), "'instruction' is 7, expected text"),
+    "an English list": (example(1, input_en=["a"]), r"'input_en' is \[\"a\"\], expected text"),
+    "half a surrogate pair": (example(1, output="a\ud800b"), "'output' is .*ud800.*expected text"),
+    "ShareGPT": ({"id": 1, "conversations": []}, "'instruction' is missing.*chat record"),
+    "messages": ({"messages": []}, "'instruction' is missing.*keys: messages .a chat record")}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_bad_row_is_refused_with_its_line_and_key(tmp_path, demo, case):
+    row, message = BAD_ROWS[case]
+    (tmp_path / "rows").write_text(json.dumps(example(0)) + "\n" + json.dumps(row) + "\n")
+    with pytest.raises(InputError, match="rows:2: " + message):
+        make_records(read_parallel(str(tmp_path / "rows")), demo, "both", 512)
+
+
+# ---------------------------------------------------------------------------------------- batches
 
 @pytest.mark.parametrize("n, size", [(10, 3), (12, 4), (5, 8), (1, 1), (7, 7)])
 def test_each_epoch_takes_every_record_exactly_once(n, size):
@@ -344,189 +513,38 @@ def test_each_epoch_takes_every_record_exactly_once(n, size):
 
 
 def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
-    def order(epoch, seed):
-        return sum((batch_of(epoch * 10 + s, 40, 4, seed) for s in range(10)), [])
-    orders = [order(epoch, seed) for epoch in range(3) for seed in (0, 1, 2, -1)]
+    orders = [batch_of(epoch, 40, 40, seed) for epoch, seed in [*np.ndindex(3, 4), (0, -1)]]
     assert len(set(map(tuple, orders))) == len(orders) and list(range(40)) not in orders
-    last = batch_of(29, 40, 4, 2)                           # any step, first or again, alone or after others
     np.random.seed(7)
-    assert batch_of(29, 40, 4, 2) == last == order(2, 2)[-4:]
+    assert batch_of(29, 40, 4, 2) == batch_of(2, 40, 40, 2)[-4:]
 
 
 SIZES = {"even": [10] * 12, "ragged": [1, 90, 3, 40, 41, 42, 7, 7, 60, 100, 2],
-         "wide": [60, 60, 60, 55],                          # 235 tokens, and yet no two of them fit into 100
+         "wide": [60, 60, 60, 55],                          # 235 tokens, but no two fit into 100
          "oversize": [300, 5, 6, 7, 250], "one": [4], "none": []}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 8])
 @pytest.mark.parametrize("name", SIZES)
-def test_micro_batches_deal_every_record_once_within_the_budget(name, ranks):
+def test_micro_batches_hold_every_record_once_within_the_budget(name, ranks):
     sizes = SIZES[name]
-    bins = micro_batches(sizes, 100, ranks)
-    assert sorted(sum(bins, [])) == list(range(len(sizes)))
-    assert len(bins) % ranks == 0 and len(bins) > 0
-    for b in bins:
-        assert sum(sizes[n] for n in b) <= 100 or len(b) == 1
-    assert micro_batches(sizes, 100, ranks) == bins
+    batches = micro_batches(sizes, 100, ranks)
+    assert sorted(sum(batches, [])) == list(range(len(sizes)))
+    assert len(batches) % ranks == 0 and len(batches) > 0
+    for batch in batches:
+        assert sum(sizes[n] for n in batch) <= 100 or len(batch) == 1
 
 
-def test_a_record_above_the_budget_stands_alone():
-    bins = micro_batches(SIZES["oversize"], 100, 1)
-    assert [0] in bins and [4] in bins
-
-
-def test_with_fewer_records_than_ranks_some_micro_batches_are_empty():
+def test_micro_batches_are_few_and_equal_and_some_are_empty_with_few_records():
+    assert len(micro_batches([10] * 12, 100, 1)) == 2
+    assert [len(batch) for batch in micro_batches([10] * 12, 100, 4)] == [3] * 4
     assert sorted(map(len, micro_batches([5, 5, 5], 100, 8))) == [0] * 5 + [1] * 3
 
 
-def test_micro_batches_are_as_few_as_the_budget_allows():
-    assert len(micro_batches([10] * 12, 100, 1)) == 2 and len(micro_batches([10] * 12, 1000, 1)) == 1
-    assert [sum(b) for b in ([10 for _ in part] for part in micro_batches([10] * 12, 100, 4))] == [30] * 4
-
-
-# ------------------------------------------------------------------------------------------------ bad records
-
-BAD_FILES = {
-    "malformed line": (b'{"instruction": "a"}\n\n{"instruction": \n', r"rows:3: malformed JSON"),
-    "malformed array": (b'[{"instruction": "a"}, {]', r"rows: malformed JSON array"),
-    "a list in a line": (b'{"instruction": "a"}\n["a"]\n', r"rows:2: found a list, expected an object"),
-    "text in an array": (b'[{"instruction": "a"}, "b"]', r"rows\[1\]: found a str, expected an object"),
-    "empty": (b"", "rows: no records"),
-    "blank": (b"\xef\xbb\xbf \n\n", "rows: no records"),
-    "empty array": (b"[]", "rows: no records"),
-    "not UTF-8": ("{\"instruction\": \"café\"}".encode("latin-1"), "rows: not UTF-8"),
-    "UTF-16": ("{}".encode("utf-16"), "rows: not UTF-8"),
-    "deep": (b"[" * 100_000, "rows: malformed JSON array"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_FILES)
-def test_a_file_that_is_no_list_of_records_is_refused_with_its_place(tmp_path, case):
-    blob, message = BAD_FILES[case]
-    (tmp_path / "rows").write_bytes(blob)
-    with pytest.raises(InputError, match=message):
-        read_rows(str(tmp_path / "rows"))
-
-
-def test_a_file_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere.jsonl: No such file"):
-        read_rows(str(tmp_path / "nowhere.jsonl"))
-
-
-BAD_ROWS = {
-    "no output": (without(example(1), "output"), "both",
-                  r"rows.jsonl:2: 'output' is missing.*instruction, input"),
-    "no input": (without(english_only(1), "input"), "both", r"rows.jsonl:2: 'input' is missing"),
-    "null": (example(1, output=None), "both", r"rows.jsonl:2: 'output' is null, expected text"),
-    "a number": (example(1, instruction=7), "both", r"rows.jsonl:2: 'instruction' is 7, expected text"),
-    "an English list": (example(1, input_en=["a"]), "both",
-                        r"rows.jsonl:2: 'input_en' is \[\"a\"\], expected text"),
-    "some English keys": (without(example(1), "input_en"), "target",
-                          r"rows.jsonl:2: .*input_en"),
-    "no English side": (without(example(1, lang="zh"), *ENGLISH), "both",
-                        r"rows.jsonl:2: lang is 'zh' and .*missing"),
-    "half a surrogate pair": (example(1, output="a\ud800b"), "both",
-                              r"rows.jsonl:2: 'output' holds half a surrogate pair"),
-    "half an English one": (example(1, input_en="\udc00"), "both",
-                            r"rows.jsonl:2: 'input_en' holds half a surrogate pair"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_a_bad_record_is_refused_with_its_line_and_key(tmp_path, demo, case):
-    row, side, message = BAD_ROWS[case]
-    path = tmp_path / "rows.jsonl"
-    path.write_text(json.dumps(example(0)) + "\n" + json.dumps(row) + "\n")     # surrogates as \\ud800
-    with pytest.raises(InputError, match=message):
-        make_records(read_parallel(str(path)), demo, side, 512)
-
-
-def test_a_target_record_without_english_keys_is_fine_where_english_is_not_used(demo):
-    row = without(example(1, lang="zh"), *ENGLISH)
-    assert records_of([row], demo, "target")[1].kept == 1
-
-
-BAD_PAIRS = {
-    "different lengths": ([english_only(0), english_only(1)], [english_only(0)],
-                          "vi has 2 records and .*en has 1"),
-    "ids in one file only": ([english_only(0, id=0), english_only(1, id=1)], [english_only(0)],
-                             "2 records and .*en has 1"),
-    "an id twice": ([english_only(0, id=1)], [english_only(0, id=1), english_only(1, id=1)],
-                    "en: 1 ids occur more than once"),
-    "an id of no English record": ([english_only(0, id=1), english_only(1, id="x")], [english_only(0, id=1)],
-                                   r"vi:2 \(id x\): no record of that id in .*en; 1 such"),
-    "an English record without output": ([english_only(0)], [without(english_only(0), "output")],
-                                         "en:1: 'output' is missing"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_PAIRS)
-def test_two_files_that_do_not_fit_together_are_refused(tmp_path, case):
-    target, english, message = BAD_PAIRS[case]
-    with pytest.raises(InputError, match=message):
-        read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", english))
-
-
-# --------------------------------------------------------------------------------------------- bad tokenizers
-
-@pytest.mark.parametrize("size", [3199, 3200 + 1025, 32000])
-def test_a_tokenizer_that_does_not_fit_vocab_size_is_refused(tmp_path, size):
-    with pytest.raises(InputError, match=f"the tokenizer has 3200 ids, config.json's vocab_size is {size}"):
-        Tokenizer(config_beside(DEMO / "tokenizer.model", tmp_path, vocab_size=size))
-
-
-@pytest.mark.parametrize("size", [3200, 3264, 3200 + 1024])
-def test_a_model_may_have_some_rows_more_than_its_tokenizer_has_ids(tmp_path, size):
-    assert Tokenizer(config_beside(DEMO / "tokenizer.model", tmp_path, vocab_size=size)).size == 3200
-
-
-@pytest.mark.parametrize("blob", [b"", b"garbage", b"\x00" * 100, b"version https://git-lfs.github.com/"])
-def test_a_garbage_tokenizer_model_is_refused(tmp_path, blob):
-    file = tmp_path / "tokenizer.model"
-    config = config_beside(DEMO / "tokenizer.model", tmp_path)
-    file.write_bytes(blob)
-    with pytest.raises(InputError, match="tokenizer.model: neither|the tokenizer has 0 ids"):
-        Tokenizer(config)
-
-
-@pytest.mark.parametrize("text", ["aGk= 0\nnot base64! 1\n", "aGk= 0\naGk= 1 2\n", "aGk= 0\n",
-                                  "aGk= 0\naG8= zero\n"])
-def test_bad_tiktoken_ranks_are_refused(tmp_path, text):
-    config = config_beside(DEMO / "tokenizer.model", tmp_path)
-    (tmp_path / "tokenizer.model").write_text(text)
-    with pytest.raises(InputError, match="tokenizer.model: expected"):
-        Tokenizer(config)
-
-
-BAD_BPE = {
-    "unigram": {"model": {"type": "Unigram", "vocab": []}, "pre_tokenizer": {"type": "ByteLevel"}},
-    "metaspace": {"model": {"type": "BPE", "vocab": {}, "merges": []},
-                  "pre_tokenizer": {"type": "Metaspace"}},
-    "no pre_tokenizer": {"model": {"type": "BPE", "vocab": {}, "merges": []}, "pre_tokenizer": None},
-    "normalizer": {"model": {"type": "BPE", "vocab": {}, "merges": []},
-                   "pre_tokenizer": {"type": "ByteLevel"}, "normalizer": {"type": "NFC"}},
-    "merge of no piece": {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["a b"]},
-                          "pre_tokenizer": {"type": "ByteLevel"}},
-    "a list": [],
-}
-
-
-@pytest.mark.parametrize("case", BAD_BPE)
-def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, case):
-    config = config_beside(DEMO / "tokenizer_config.json", tmp_path)
-    (tmp_path / "tokenizer.json").write_text(json.dumps(BAD_BPE[case]))
-    with pytest.raises(InputError, match="tokenizer.json: expected a byte-level BPE"):
-        Tokenizer(config)
-
-
-def test_a_folder_without_a_tokenizer_is_refused(tmp_path):
-    with pytest.raises(InputError, match="no tokenizer.model and no tokenizer.json"):
-        Tokenizer(config_beside(DEMO / "tokenizer_config.json", tmp_path))
-
-
-def test_a_fingerprint_tells_every_id_its_place_and_its_part():
-    records = [Record([1, 2], [3], [4, 5]), Record([6], [7, 8])]
-    others = [[Record([1, 2], [3], [4, 9]), records[1]], records[::-1], records[:1],
-              [Record([1], [2, 3], [4, 5]), records[1]], [Record([1, 2], [3], None, [4, 5]), records[1]]]
-    digests = [fingerprint(r) for r in (records, *others)]
-    assert len(set(digests)) == 6 and fingerprint([Record([1, 2], [3], [4, 5]), Record([6], [7, 8])]) == digests[0]
+def test_a_fingerprint_changes_with_every_id_its_position_and_its_field():
+    a, b = Record([1, 2], [3], query_en=[4, 5]), Record([6], [7, 8])
+    others = [[Record([1, 2], [3], query_en=[4, 9]), b], [b, a], [a], [b],
+              [Record([1], [2, 3], query_en=[4, 5]), b], [Record([1, 2], [3], answer_en=[4, 5]), b],
+              [Record([1, 2], [3], (0, 1), [4, 5]), b]]
+    assert len({fingerprint(records) for records in ([a, b], *others)}) == 8
+    assert fingerprint([a, b]) == fingerprint([Record([1, 2], [3], (0, 0), [4, 5]), b])

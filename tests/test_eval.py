@@ -1,5 +1,7 @@
-"""Answers to a prompt and accuracy by language, through the command that a user runs."""
+"""Answers, exact match by language, the lens and its picture: what eval.py does with a model."""
 import json
+import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -9,74 +11,235 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import eval as evaluation
-from data import Tokenizer, prompt_text
+from data import Tokenizer, chat_template, make_records, read_rows
+from eval import Subject, main, written_in
 from model import InputError, load
 
 ROOT = Path(__file__).parents[1]
 DEMO = str(ROOT / "demo" / "model")
-TEST = ROOT / "demo" / "test.jsonl"
+TEST = str(ROOT / "demo" / "test.jsonl")
 
 
-def english(n):
-    rows = [json.loads(line) for line in TEST.read_text(encoding="utf-8").split("\n") if '"lang": "en"' in line]
-    return rows[:n]
+def questions(lang, n):
+    """The first records of the demo's test file in a language."""
+    return [row for _, row in read_rows(TEST) if row["lang"] == lang][:n]
 
 
-def run(*arguments):
-    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *arguments], capture_output=True, text=True,
-                          timeout=120)
-
-
-def test_answers_equal_transformers_greedy_text_whatever_else_is_in_the_batch():
-    rows = english(9) + [dict(instruction="法国使用哪种货币？", input="", output="欧元")]
-    model = load(DEMO)
-    tokenizer = Tokenizer(model.config)
-    answers = evaluation.answer(model, tokenizer, [(row["instruction"], row["input"]) for row in rows])
-    hf = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
-    for row, answer in zip(rows, answers):
-        ids = [tokenizer.bos_id] + tokenizer.encode([prompt_text(row["instruction"], "")])[0]
-        out = hf.generate(torch.tensor([ids]), max_new_tokens=64, do_sample=False, eos_token_id=2, pad_token_id=2)
-        expected = [i for i in out[0, len(ids):].tolist() if i != 2]
-        assert answer == tokenizer.decode(expected).strip()
-
-
-def test_exact_match_counts_by_language_and_knows_right_from_wrong():
-    model = load(DEMO)
-    right = [("en", row["instruction"], "", f" {row['output']}\n") for row in english(3)]
-    wrong = [("xx", row["instruction"], "", row["output"] + "!") for row in english(2)]
-    assert evaluation.exact_match(model, Tokenizer(model.config), right + wrong) == {"en": (3, 3), "xx": (0, 2)}
-
-
-def test_the_table_has_a_row_a_language_and_english_last(tmp_path):
-    path = tmp_path / "test.jsonl"
-    rows = english(2) + [{**english(1)[0], "lang": lang} for lang in ("zh", "ar")]
+def write(path, rows):
     path.write_text("\n".join(json.dumps(row) for row in rows), encoding="utf-8")
-    table = evaluation.compare({"before": DEMO, "after": DEMO}, str(path), "cpu", torch.float32).splitlines()
-    assert [line.split("|")[1].strip() for line in table] == ["language", "---", "ar", "zh", "en (retention)"]
-    assert table[-1] == "| en (retention) | 2 | 100.0% | 100.0% |"
+    return str(path)
 
+
+def run(*arguments, **more):
+    return subprocess.run([sys.executable, str(ROOT / "eval.py"), *arguments], capture_output=True,
+                          text=True, timeout=120, **more)
+
+
+# --------------------------------------------------------------------------------------- answers
 
 def test_a_prompt_is_answered_on_the_command_line():
-    row, = english(1)
-    done = run("--model", DEMO, "--prompt", row["instruction"], "--device", "cpu", "--template", "alpaca")
+    row, = questions("en", 1)
+    done = run("--model", DEMO, "--prompt", row["instruction"], "--template", "alpaca")
     assert done.returncode == 0 and done.stdout.strip() == row["output"], done.stderr
 
 
-def test_nothing_to_do_is_refused_in_one_line():
-    done = run("--limit", "1")
-    assert done.returncode == 2 and done.stderr == "error: nothing to do: give --model DIR, or --suite FILE\n"
+def test_every_line_typed_is_answered_and_a_failing_one_does_not_end_the_chat(monkeypatch, capsys):
+    too_long = "a b c " * 2000
+    lines = iter(["What is the currency of France?", too_long, "法国使用哪种货币？"])
+    shown = []
+
+    def type_line(_):
+        shown.append(capsys.readouterr())
+        try:
+            return next(lines)
+        except StopIteration:
+            raise EOFError from None
+    monkeypatch.setattr("builtins.input", type_line)
+    main(["--model", DEMO, "--template", "alpaca"])
+    subject = Subject(DEMO, torch.float32, "cpu", template="alpaca")
+    expected = subject.complete([subject.prompt("What is the currency of France?"),
+                                 subject.prompt("法国使用哪种货币？")], 256)
+    assert [shown[1].out.strip(), shown[3].out.strip()] == [text.strip() for text in expected]
+    assert shown[2].out == "" and shown[2].err.startswith("error: prompts have")
+
+
+def test_half_a_character_is_not_printed(monkeypatch):
+    pieces = Subject(DEMO, torch.float32, "cpu").tokenizer.sp
+    ids = [pieces.piece_to_id(f"<0x{byte:02X}>") for byte in "欧元".encode()]
+    assert len(set(ids)) > 4 and pieces.unk_id() not in ids
+    monkeypatch.setattr(evaluation, "decode", lambda *_: ([(0, token)] for token in ids))
+    printed = []
+    monkeypatch.setattr("builtins.print", lambda text="", **_: printed.append(text))
+    main(["--model", DEMO, "--prompt", "x"])
+    assert printed == ["欧", "元", ""]
+
+
+@pytest.mark.parametrize("bos", [True, False])
+def test_the_chat_template_decides_the_prompt_wherever_the_folder_is(bos, tmp_path, monkeypatch):
+    """A run's files beside the folder, its name and a link to it change nothing."""
+    def alpaca(folder, **more):
+        return Subject(str(folder), torch.float32, "cpu", **more).alpaca
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "settings.json").write_text("{}")
+    plain, tuned = tmp_path / "run" / "model", tmp_path / "tuned"
+    shutil.copytree(DEMO, plain)
+    shutil.copytree(DEMO, tuned)
+    (tuned / "chat_template.jinja").write_text(chat_template(bos), encoding="utf-8")
+    (tmp_path / "link").symlink_to(tuned)
+    shutil.copytree(tuned, tmp_path / "copy")
+    assert [alpaca(tmp_path / name) for name in ("tuned", "link", "copy")] == [True] * 3
+    assert not alpaca(plain) and alpaca(plain, template="alpaca")
+    assert not alpaca(tuned, template="none")
+    monkeypatch.chdir(tuned)
+    assert alpaca(".")
+    config = json.loads((tuned / "tokenizer_config.json").read_text())
+    (tuned / "chat_template.jinja").write_text(chat_template(bos) + " ", encoding="utf-8")
+    assert not alpaca(tuned)
+    (tuned / "chat_template.jinja").unlink()
+    config["chat_template"] = chat_template(bos)
+    (tuned / "tokenizer_config.json").write_text(json.dumps(config))
+    assert alpaca(tuned)
+
+
+# ----------------------------------------------------------------------------------- exact match
+
+def test_the_table_counts_right_answers_and_those_in_the_language_english_last(tmp_path):
+    zh, en = questions("zh", 2), questions("en", 3)
+    en[0]["output"] += "!"                                  # one wrong; all three are English
+    zh[0]["output"] = "Euro"
+    path = write(tmp_path / "test.jsonl", [*en, *zh, {**questions("en", 1)[0], "lang": "ar"}])
+    folders = {"before": DEMO, "after": DEMO}
+    table = evaluation.compare(folders, path, "cpu", torch.float32).split("\n")
+    assert table[0] == ("| language | questions | before | after | before, in the language | "
+                        "after, in the language |")
+    assert table[2] == "| ar | 1 | 100.0% | 100.0% | 100.0% | 100.0% |", "words of the right answer"
+    assert table[3].startswith("| zh | 2 | 0.0% | 0.0% |")
+    assert table[4:] == ["| en (retention) | 3 | 66.7% | 66.7% | 100.0% | 100.0% |"]
+
+
+@pytest.mark.parametrize("lang, yes, no", [
+    ("zh", "欧元 (EUR)", "euro"), ("ar", "اليورو", "欧元"), ("vi", "Đồng euro", "Euro zone"),
+    ("en", "The euro", "Giờ chuẩn miền Đông"), ("en", "Euro", "اليورو"), ("vi", "Tây Phi", "欧元区")])
+def test_the_language_of_a_text_is_told_by_its_letters(lang, yes, no):
+    assert written_in(lang, yes) and not written_in(lang, no)
 
 
 def test_a_question_without_an_answer_is_refused_with_its_line(tmp_path):
-    path = tmp_path / "test.jsonl"
-    path.write_text(json.dumps(dict(instruction="a", input="")))
+    path = write(tmp_path / "test.jsonl", [dict(instruction="a", input="")])
     with pytest.raises(InputError, match="test.jsonl:1: 'output' is missing"):
-        evaluation.read_questions(str(path))
+        evaluation.read_questions(path)
 
 
-def test_a_missing_device_is_refused():
-    if torch.cuda.is_available():
-        pytest.skip("this machine has a CUDA device")
-    assert evaluation.pick_device("auto") == "cpu"
-    with pytest.raises(InputError, match="no CUDA device found"):
-        evaluation.pick_device("cuda")
+# -------------------------------------------------------------------------------------- the lens
+
+def slow_lens(prompt):
+    """(entropy, probabilities) of the next token, (L + 1, tokens) and (L + 1, tokens, V), by
+    transformers' hidden states, its final norm and its head."""
+    hf = AutoModelForCausalLM.from_pretrained(DEMO, dtype=torch.float32)
+    with torch.no_grad():
+        hidden = hf(torch.tensor([prompt]), output_hidden_states=True).hidden_states
+        states = [hf.model.norm(x[0]) for x in hidden[:-1]] + [hidden[-1][0]]      # the last has it
+        p = torch.stack([hf.lm_head(x).softmax(-1) for x in states])
+    return -(p * p.log()).sum(-1), p
+
+
+def test_lens_is_the_mean_over_queries_and_reads_answers_where_prompts_end(tmp_path):
+    out = str(tmp_path / "lens.json")
+    path = write(tmp_path / "zh.jsonl", questions("vi", 1) + questions("zh", 4))
+    main(["--model", DEMO, DEMO, "--task", "lens", "--data", path, "--lang", "zh", "--limit", "3",
+          "--out", out])
+    found, again = json.loads(Path(out).read_text())
+    model = load(DEMO)
+    rows = [("x", row) for row in questions("zh", 3)]
+    records, _ = make_records(rows, Tokenizer(model.config), "both", 512)
+    entropy, english, target = [], [], []
+    for r in records:
+        e, p = slow_lens(r.prompt)
+        entropy.append(e[:, slice(*r.query)])
+        target.append(torch.stack((p[:, -1, r.answer[0]], p[:, -1, r.answer_en[0]])))
+        english.append(slow_lens(r.prompt_en)[0][:, slice(*r.prompt_en_query)])
+    assert found["entropy"] == pytest.approx(torch.cat(entropy, 1).mean(1).tolist(), rel=1e-4)
+    assert found["entropy_en"] == pytest.approx(torch.cat(english, 1).mean(1).tolist(), rel=1e-4)
+    assert found["map"] == [pytest.approx(row, rel=1e-3, abs=1e-5) for row in entropy[0].tolist()]
+    for key, values in zip(("p_target", "p_english"), torch.stack(target).mean(0)):
+        assert found[key] == pytest.approx(values.tolist(), rel=1e-3, abs=1e-7)
+    assert (found["n"], found["pivots"], found["lang"]) == (3, 3, "zh")
+    assert again == found
+
+
+def test_answers_that_begin_alike_say_nothing_of_the_english_answer(tmp_path):
+    row = dict(instruction="问", input="", output="5 x", instruction_en="Q", output_en="5 y")
+    path = write(tmp_path / "same.jsonl", [row, {**row, "output": "欧元"}])
+    out = tmp_path / "lens.json"
+    main(["--model", DEMO, "--task", "lens", "--data", path, "--out", str(out)])
+    found, = json.loads(out.read_text())
+    assert (found["n"], found["pivots"]) == (2, 1)
+    write(tmp_path / "same.jsonl", [dict(instruction="问", input="", output="5")])
+    with pytest.raises(InputError, match="same.jsonl: no record with an English side"):
+        main(["--model", DEMO, "--task", "lens", "--data", path])
+
+
+def draw(folder, *arguments):
+    return subprocess.run([sys.executable, str(ROOT / "demo" / "figures.py"), *arguments], cwd=folder,
+                          capture_output=True, text=True, timeout=120)
+
+
+def test_pictures_of_two_models_and_of_two_runs(tmp_path):
+    images = pytest.importorskip("matplotlib.image", reason="pictures need: pip install matplotlib")
+    lens = dict(model="runs/a/model", lang="zh", n=3, pivots=3, i=1, j=1, map=[[1, 2]] * 4,
+                entropy=[3, 2, 1, 1], entropy_en=[3, 1, 1, 1], p_target=[0, 0, 0.1, 0.9],
+                p_english=[0, 0.5, 0.1, 0.0])
+    (tmp_path / "lens.json").write_text(json.dumps([lens, {**lens, "model": "b"}]))
+    for name in "ab":
+        (tmp_path / name).mkdir()
+        rows = [dict(step=n, loss=9 / n, lc=None if n % 2 else 2 / n) for n in range(1, 50)]
+        write(tmp_path / name / "metrics.jsonl", rows)
+    shapes = []
+    for files in (["lens.json", "--layers", "1", "2"],
+                  ["a/metrics.jsonl", "b/metrics.jsonl", "--out", "losses.png"]):
+        done = draw(tmp_path, *files)
+        assert done.returncode == 0, done.stderr
+        image = images.imread(str(tmp_path / done.stdout.split()[-1]))
+        shapes.append(image.shape[:2])
+        assert image[..., :3].std() > 0.05
+    assert shapes == [(7.6 * 150, 13 * 150), (3.6 * 150, 2 * 3.6 * 150)]
+    (tmp_path / "lens.json").write_text('{"scores": 1}')
+    done = draw(tmp_path, "lens.json")
+    assert done.returncode == 1 and done.stderr.startswith("error: lens.json: expected what")
+
+
+# -------------------------------------------------------------------------------------- mistakes
+
+@pytest.mark.parametrize("arguments, message", [
+    (["--limit", "0"], "--limit and --max_new_tokens: expected at least 1"),
+    (["--task", "lens"], "--task lens: expected lens or xnli, .* with --data FILE"),
+    (["--task", "squad", "--data", "x"], "--task squad: expected lens or xnli"),
+    (["--task", "xcopa.zh=x", "xnli"], "--task xnli: expected .* each written TASK.LANG=FILE"),
+    (["--task", "xcopa", "--lang", "ar", "--data", "x"], "--lang ar: xcopa has zh, vi"),
+    (["--task", "flores", "--lang", "zh", "--data", "x"], "--lang zh: flores has en-zh"),
+    (["--data", "x", "--out", "no/such/folder/x"], "no/such/folder/x: expected a file name"),
+    (["--data", "x", "--items", "."], ".: expected a file name, in a folder that can be written"),
+    (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
+])
+def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):
+    monkeypatch.setattr(evaluation, "load", None)
+    with pytest.raises(InputError, match=message):
+        main(["--model", DEMO, *arguments])
+
+
+def test_gemma_without_bos_is_refused(family):
+    with pytest.raises(InputError, match="--bos never: a Gemma model needs BOS"):
+        Subject(family("gemma2"), torch.float32, "cpu", bos="never")
+
+
+def test_exit_codes(tmp_path):
+    done = run("--model", str(tmp_path), "--prompt", "x")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: ")
+    done = run("--help")
+    assert done.returncode == 0 and "--task xcopa --lang zh --data" in done.stdout
+    read, written = os.pipe()
+    os.close(read)                                          # as `| head` does
+    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--model", DEMO, "--prompt", "x"],
+                          stdout=written, stderr=subprocess.PIPE, text=True, timeout=120)
+    os.close(written)
+    assert (done.returncode, done.stderr) == (0, "")
