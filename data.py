@@ -84,7 +84,7 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
     english_prompt  with "both": add prompt_en, which only feature losses need.
 
     Without an English side a row of "both" becomes a target-only record. A row of "english" is
-    then dropped, unless it is English itself: its lang is "en", or it has none and no row has output_en.
+    then dropped, unless it is English itself: lang is "en", or missing and no row has output_en.
     Answers and the English query are cut so that with each prompt they fit max_length tokens.
     """
     counts, records = Counts(read=len(rows), joined=rows[0][1].get("joined", "")), []

@@ -151,7 +151,10 @@ def log_likelihoods(subject: Subject, items: list, budget: int = 4096) -> list:
         sums = torch.zeros(len(keys)).index_add(0, torch.tensor(numbers), torch.cat(logp))
         for (n, choice), total in zip(keys, sums.tolist()):
             scores[n][choice] = total
-    return [[scores[n][choice] for choice in choices[n]] for n in range(len(items))]
+    out = []
+    for found, own in zip(scores, choices):
+        out.append([found[choice] for choice in own])
+    return out
 
 
 # ----------------------------------------------------------------------------------- exact match
@@ -174,14 +177,14 @@ def read_questions(path: str) -> dict:
     return questions
 
 
-def compare(folders: dict, path: str, device: str, dtype) -> str:
+def compare(folders: dict, path: str, device: str, dtype, bos="auto") -> str:
     """A Markdown table by language for model folders {title: folder}: the share of answers that
     equal the right one, but for spaces around it; and the share in the language of the question. An
     answer whose words are all in the right one counts as that, too ("Euro" in Vietnamese)."""
     questions = read_questions(path)
     exact, written = {lang: [] for lang in questions}, {lang: [] for lang in questions}
     for folder in folders.values():
-        subject = Subject(folder, dtype, device)
+        subject = Subject(folder, dtype, device, bos)
         for lang, items in questions.items():
             right = own = 0
             for item, text in zip(items, subject.complete([item.context for item in items], 64)):
@@ -223,7 +226,6 @@ class Task:
     choices: bool               # whether the most likely choice is taken; else the model writes
     split: str
     published: dict             # {language: number of items in that split, None: unknown}
-    headline: str               # the metric for a table of several tasks
     normaliser: str | None = None
 
 
@@ -310,18 +312,17 @@ def lens_numbers(subject: Subject, args) -> dict:
 SCRIPTS = {"zh": ("CJK", 0.2), "ar": ("ARABIC", 0.2), "vi": ("LATIN", 0.02)}
 NAMES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
 TASKS = {
-    "xnli": Task(True, "validation", dict.fromkeys(NAMES, 2490), "acc"),
-    "xcopa": Task(True, "test", dict(zh=500, vi=500), "acc"),
-    "xstorycloze": Task(True, "eval", dict(en=1511, zh=1511, ar=1511), "acc"),
-    "truthfulqa": Task(True, "validation", dict(en=817, zh=788, vi=785, ar=773), "mc1"),
-    "mmlu": Task(True, "test", dict(en=14042, zh=None, vi=None, ar=None), "acc"),
-    "xquad": Task(False, "validation", dict.fromkeys(NAMES, 1190), "f1", "SQuAD's English rules"),
-    "mlqa": Task(False, "test", dict(en=11590, zh=5137, vi=5495, ar=5335), "f1",
+    "xnli": Task(True, "validation", dict.fromkeys(NAMES, 2490)),
+    "xcopa": Task(True, "test", dict(zh=500, vi=500)),
+    "xstorycloze": Task(True, "eval", dict(en=1511, zh=1511, ar=1511)),
+    "truthfulqa": Task(True, "validation", dict(en=817, zh=788, vi=785, ar=773)),
+    "mmlu": Task(True, "test", dict(en=14042, zh=None, vi=None, ar=None)),
+    "xquad": Task(False, "validation", dict.fromkeys(NAMES, 1190), "SQuAD's English rules"),
+    "mlqa": Task(False, "test", dict(en=11590, zh=5137, vi=5495, ar=5335),
                  "MLQA's as in the harness: an Arabic article at a word's beginning is removed"),
-    "mkqa": Task(False, "whole", dict.fromkeys(NAMES, 10000), "best_f1",
-                 "MKQA's; an empty text counts as: no answer"),
+    "mkqa": Task(False, "whole", dict.fromkeys(NAMES, 10000), "MKQA's; no text means no answer"),
     "flores": Task(False, "devtest", dict.fromkeys(
-        "en-zh en-vi en-ar zh-en vi-en ar-en".split(), 1012), "chrf"),
+        ("en-zh", "en-vi", "en-ar", "zh-en", "vi-en", "ar-en"), 1012)),
 }
 XNLI = {"en": ("right", "Yes", "Also", "No"), "zh": ("正确", "是的", "所以", "不是的"),
         "vi": ("đúng", "Vâng", "Vì vậy", "Không"), "ar": ("صحيح", "نعم", "لذا", "رقم")}
@@ -360,14 +361,16 @@ def make_item(task: str, lang: str, row: dict) -> Item:
         return Item(context, choices, int(row["answer_right_ending"]) - 1)
     if task == "truthfulqa":    # gold: how many choices are mc1's (first: right), mc2's labels
         question = row["question"]
-        if lang != "en":
+        if lang == "en":
+            mc1, mc2 = row["mc1_targets"]["choices"], row["mc2_targets"]["choices"]
+            labels = row["mc2_targets"]["labels"]
+        else:
             question = (question or " ").strip().replace(" [title]", ". ")
             question = re.sub(r"\[.*?\]", "", question).replace("  ", " ")
-            row = {f"mc{n}_targets": dict(choices=row[f"mc{n}_targets_choices"],
-                                          labels=row[f"mc{n}_targets_labels"]) for n in (1, 2)}
-        mc1, mc2 = row["mc1_targets"]["choices"], row["mc2_targets"]["choices"]
+            mc1, mc2 = row["mc1_targets_choices"], row["mc2_targets_choices"]
+            labels = row["mc2_targets_labels"]
         return Item(f"{PRIMER}\n\nQ: {question}\nA:", [f" {choice}" for choice in mc1 + mc2],
-                    [len(mc1), row["mc2_targets"]["labels"]])
+                    [len(mc1), labels])
     if task == "mmlu":
         choices = row.get("choices") or [row[f"option_{letter}"] for letter in "abcd"]
         options = "".join(f"\n{letter}. {c}" for letter, c in zip("ABCD", choices, strict=True))
@@ -550,12 +553,14 @@ def parse(argv=None):
     add("--bos", default="auto", choices=["auto", "always", "never"],
         help="whether prompts begin with BOS; auto: as the folder's tokenizer does it")
     add("--template", default="auto", choices=["auto", "alpaca", "none"],
-        help="template of questions to the model; auto: alpaca if the folder's chat template is")
+        help="how a prompt is worded (with --data alone: alpaca); auto: as the folder's chat template")
     add("--out", metavar="FILE", help="write the scores, with all that they depend on, as JSON")
     add("--items", metavar="FILE", help="write every item with its answer and its scores as JSONL")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
     add("--dtype", default="fp32", choices=DTYPES, help="number format of weights and computation")
     args = parser.parse_args(argv)
+    if not args.task and (args.limit or args.out or args.items):
+        raise InputError("--limit, --out and --items: expected --task as well")
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         raise InputError("--limit and --max_new_tokens: expected at least 1")
     for path in filter(None, (args.out, args.items)):       # not after hours of computing
@@ -588,16 +593,16 @@ def evaluate(args, settings: tuple) -> None:
         subject, row = Subject(folder, *settings), [folder]
         for test, items in tests:
             scores, answered = run_test(subject, test, items[:args.limit])
-            task = TASKS[test["task"]]
-            template = "alpaca" if subject.alpaca and not task.choices else "none"
-            results.append({**test, "model": folder, "limit": args.limit, "dtype": args.dtype,
-                            "bos": bool(subject.bos), "template": template, "scores": scores})
+            alpaca = subject.alpaca and not TASKS[test["task"]].choices
+            results.append({
+                **test, "model": folder, "limit": args.limit, "dtype": args.dtype, "scores": scores,
+                "bos": bool(subject.bos), "template": "alpaca" if alpaca else "none"})
             for line in answered:
                 lines.append({"model": folder, "task": test["task"], "lang": test["lang"], **line})
-            for name in scores if len(tests) == 1 else [task.headline]:
-                head += [f"{test['task']}.{test['lang']} {name}"] if not rows else []
-                mean, error = scores[name]["mean"], scores[name].get("stderr")
-                row.append(f"{100 * mean:.2f}" + ("" if error is None else f" ± {100 * error:.2f}"))
+            for name, found in scores.items():
+                head += [] if rows else [f"{test['task']}.{test['lang']} {name}"]
+                error = f" ± {100 * found['stderr']:.2f}" if "stderr" in found else ""
+                row.append(f"{100 * found['mean']:.2f}{error}")
         rows.append(row)
         del subject                                         # two models may not fit
     if RANK > 0:
@@ -618,10 +623,12 @@ def show_lens(args, settings: tuple) -> None:
     for folder in args.model:
         found = lens_numbers(Subject(folder, *settings), args)
         results.append({"model": folder, "data": args.data, "lang": args.lang, **found})
-        keys = [key for key in ("entropy", "entropy_en", "p_english", "p_target") if key in found]
-        rows = [[k, *(f"{found[key][k]:.3f}" for key in keys)] for k in range(len(found["map"]))]
+        columns = {"layer": range(len(found["map"]))}
+        for key in ("entropy", "entropy_en", "p_english", "p_target"):
+            if key in found:
+                columns[key] = [f"{value:.3f}" for value in found[key]]
         print(f"{folder}: {found['n']} records; answers begin differently in {found['pivots']}\n")
-        print(markdown(["layer", *keys], rows))
+        print(markdown(list(columns), list(zip(*columns.values()))))
         print(f"\ni = {found['i']}, j = {found['j']}: {found['why']}\n")
     if args.out:
         write_json(results, args.out)
@@ -640,7 +647,8 @@ def main(argv=None) -> None:
     elif args.task:
         evaluate(args, settings)
     elif args.data:
-        print(compare({path: path for path in args.model}, args.data, settings[1], settings[0]))
+        folders = {folder: folder for folder in args.model}
+        print(compare(folders, args.data, settings[1], settings[0], args.bos))
         print(f"\nNext, ask it something: python eval.py --model {args.model[-1]} --prompt TEXT")
     elif args.prompt is not None:
         Subject(args.model[0], *settings).stream(args.prompt, args.max_new_tokens)

@@ -64,7 +64,6 @@ def main(argv=None) -> None:
     if args.dry_run:
         return print(plan(args, config, method))
     ranks = start(args)
-    say = tell if ranks.rank == 0 else lambda text: None
 
     # The folder of the run is locked before anything in it is read or written.
     out, metrics = open_folder(args, ranks)
@@ -74,12 +73,12 @@ def main(argv=None) -> None:
     records, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
-    settings = {**vars(args), "out": out, "steps": steps, "records": fingerprint(records),
-                "ranks": ranks.world}
+    settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
+                                     "records": fingerprint(records)})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
     if stored:
-        compare_settings(stored, settings, path)
+        compare_settings(settings, stored, path)
     if stored and os.path.exists(result):
         say("finished  this run is complete; for another one give another --out")
         return report(args, result, ranks)
@@ -94,16 +93,16 @@ def main(argv=None) -> None:
         i, j = i or auto_i, j or auto_j
         say(f"layers    i = {i}, j = {j} of {config.num_hidden_layers}, read off the lens: {why}")
     model.method = dataclasses.replace(method, lc_layer=i, et_layer=j)
-    settings |= dict(lc_layer=i, et_layer=j)    # complete; nothing changes it from here on
+    settings.lc_layer, settings.et_layer = i, j         # from here on no setting changes
     if ranks.rank == 0:
-        write_json(settings, path)
-    say("settings  " + "  ".join(f"{key}={value}" for key, value in settings.items()))
+        write_json(vars(settings), path)
+    say("settings  " + "  ".join(f"{key}={value}" for key, value in vars(settings).items()))
     parameters = sum(p.numel() for p in model.parameters())
     say(f"run       {steps:,} steps of {min(args.batch_size, len(records))} records, "
         f"{parameters:,} parameters, on {ranks.world} x {ranks.device.type}")
     progress = Progress()
     if stored:
-        progress = load_checkpoint(settings, model, optimizer, ranks, say)
+        progress = load_checkpoint(settings, model, optimizer, ranks)
     if metrics:                                 # later steps are run again, and logged again
         metrics.seek(0)
         for _ in range(progress.step):
@@ -112,7 +111,7 @@ def main(argv=None) -> None:
 
     stop = []                                   # times of stop signals
     handle_signals(stop)
-    train(model, optimizer, records, progress, metrics, settings, args, ranks, stop, say)
+    train(model, optimizer, records, progress, metrics, settings, ranks, stop)
     if progress.step < steps:
         say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give the "
             f"same command with --out {out}")
@@ -124,29 +123,31 @@ def main(argv=None) -> None:
     report(args, result, ranks)
 
 
-def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, settings: dict, args,
-          ranks: "Ranks", stop: list, say) -> None:
+def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, settings,
+          ranks: "Ranks", stop: list) -> None:
     """The training loop, from progress.step to the last step or to a stop signal."""
-    method, steps, L = model.method, settings["steps"], model.model.config.num_hidden_layers
-    per_epoch = steps_per_epoch(len(records), args.batch_size)
+    method, steps, L = model.method, settings.steps, model.model.config.num_hidden_layers
+    per_epoch = steps_per_epoch(len(records), settings.batch_size)
     idle = [Record([model.model.config.bos_token_id], [])]      # for ranks without records
-    bar = tqdm(range(progress.step, steps), desc=args.method, unit="step", initial=progress.step,
-               total=steps, disable=ranks.rank > 0, dynamic_ncols=True,
+    bar = tqdm(range(progress.step, steps), settings.method, total=steps, initial=progress.step,
+               unit="step", disable=ranks.rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)
     for step in bar:
         began = time.perf_counter()
 
         # Learning rate.
-        lr = learning_rate(step, steps, args.lr, args.warmup)
+        lr = learning_rate(step, steps, settings.lr, settings.warmup)
         for group in optimizer.param_groups:
             group["lr"] = lr
 
         # The records of this step, and of those the micro-batches of this rank. All ranks have
         # equally many, as FSDP requires: one without records runs a token that has no loss.
-        batch = [records[n] for n in batch_of(step, len(records), args.batch_size, args.seed)]
+        numbers = batch_of(step, len(records), settings.batch_size, settings.seed)
+        batch = [records[n] for n in numbers]
         sizes = [lay_out([record], method, L).tokens for record in batch]
-        parts = micro_batches(sizes, args.micro_batch_tokens, ranks.world)[ranks.rank::ranks.world]
-        batches = [lay_out([batch[n] for n in part] or idle, method, L) for part in parts]
+        parts = micro_batches(sizes, settings.micro_batch_tokens, ranks.world)
+        batches = [lay_out([batch[n] for n in part] or idle, method, L)
+                   for part in parts[ranks.rank::ranks.world]]
 
         # What each loss is divided by: its tokens or pairs in the whole global batch.
         local = [sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
@@ -161,7 +162,7 @@ def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, s
                 loss = loss + method.weight(term) * value / max(counts[n], 1)
                 sums[n] += value.detach()
             (loss * ranks.world).backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), args.clip)
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         *totals, stopping = ranks.total([*sums.tolist(), len(stop)])
 
@@ -194,16 +195,16 @@ def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, s
         if not finite:
             problem = f"step {progress.step}: loss or gradient not finite, {progress.bad} in a row"
             say(f"skipped   {problem}")
-            if progress.bad >= args.max_bad_steps:
-                raise FloatingPointError(f"{problem}; {last_checkpoint(settings['out'])}; try --lr "
-                                         f"below {args.lr} or --dtype fp32, with a new --out")
+            if progress.bad >= settings.max_bad_steps:
+                raise FloatingPointError(f"{problem}; {last_checkpoint(settings.out)}; try --lr "
+                                         f"below {settings.lr} or --dtype fp32, with a new --out")
 
         # Save, and stop if a signal asked for it.
-        due = args.save_every and progress.step % args.save_every == 0 and finite
+        due = settings.save_every and progress.step % settings.save_every == 0 and finite
         if due or stopping or progress.step == steps:
             if metrics:
                 os.fsync(metrics.fileno())      # no checkpoint is ahead of its metrics
-            save_checkpoint(settings, model, optimizer, progress, ranks, say)
+            save_checkpoint(settings, model, optimizer, progress, ranks)
         if stopping:
             return
 
@@ -348,8 +349,10 @@ def handle_signals(stop: list) -> None:
         signal.signal(number, receive)
 
 
-def tell(text: str) -> None:
-    """Print a line; once the reader of a pipe is gone (train.py | head), nothing any more."""
+def say(text: str) -> None:
+    """Print a line on rank 0, until the reader of a pipe is gone (train.py | head)."""
+    if os.environ.get("RANK", "0") != "0":
+        return
     try:
         tqdm.write(text)
         sys.stdout.flush()
@@ -366,8 +369,8 @@ def report(args, result: str, ranks: Ranks) -> None:
     if args.test:
         table = compare({"before": args.model, "after": result}, args.test, ranks.device.type,
                         DTYPES[args.dtype])
-        tell(f"\nExact match on {args.test}:\n\n{table}")
-    tell(f"\nThe model is in {result}. Next, ask it something, or look at its layers:\n"
+        say(f"\nExact match on {args.test}:\n\n{table}")
+    say(f"\nThe model is in {result}. Next, ask it something, or look at its layers:\n"
          f"  python eval.py --model {result} --prompt 'a question'\n"
          f"  python eval.py --model {args.model} {result} --task lens --data {args.data}")
 
@@ -411,9 +414,9 @@ def open_folder(args, ranks: Ranks):
     return ranks.first(lambda: out), metrics
 
 
-def compare_settings(stored: dict, settings: dict, path: str) -> None:
-    """InputError if two settings differ that change the result."""
-    for key, value in settings.items():
+def compare_settings(settings, stored: dict, path: str) -> None:
+    """InputError if a setting that changes the result differs from the stored one."""
+    for key, value in vars(settings).items():
         if key not in stored or key not in FREE and value not in ("auto", stored[key]) and (
                 str(value) != str(stored[key])):
             what = {"steps": "the number of steps", "records": "the digest of the tokenized data"}
@@ -421,14 +424,13 @@ def compare_settings(stored: dict, settings: dict, path: str) -> None:
                              f"{path}; resume with the same value, or give a new --out")
 
 
-def save_checkpoint(settings: dict, model: DFT, optimizer, progress: Progress, ranks: Ranks,
-                    say) -> None:
+def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: Ranks) -> None:
     """Write OUT/checkpoints/step-NNNNNN with torch.distributed.checkpoint; all ranks call it.
 
     The folder is written as step-NNNNNN.partial and renamed when it is complete. An OSError leaves
     the older checkpoints as they were.
     """
-    out, began = settings["out"], time.perf_counter()
+    out, began = settings.out, time.perf_counter()
     folder = os.path.join(out, "checkpoints", f"step-{progress.step:06d}")
     partial, tensors = folder + ".partial", checkpoint_tensors(model, optimizer)
     # Each rank writes one file per layer with its rows, and one file for the rest.
@@ -450,7 +452,7 @@ def save_checkpoint(settings: dict, model: DFT, optimizer, progress: Progress, r
         if ranks.rank == 0:
             for theirs in everyone:
                 digests |= theirs
-            state = dict(progress=dataclasses.asdict(progress), settings=settings, files=digests)
+            state = dict(progress=vars(progress), settings=vars(settings), files=digests)
             write_json(state, os.path.join(partial, "state.json"))
             shutil.rmtree(folder, ignore_errors=True)       # a damaged one of the same step
             os.rename(partial, folder)
@@ -462,13 +464,13 @@ def save_checkpoint(settings: dict, model: DFT, optimizer, progress: Progress, r
                       f"{out} to resume") from None
     say(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
     if ranks.rank == 0:
-        for old in [path for path in checkpoints(out) if path <= folder][:-settings["keep"]]:
+        for old in [path for path in checkpoints(out) if path <= folder][:-settings.keep]:
             shutil.rmtree(old, ignore_errors=True)
 
 
-def load_checkpoint(settings: dict, model: DFT, optimizer, ranks: Ranks, say) -> Progress:
+def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
     """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
-    out = settings["out"]
+    out = settings.out
     folders = ranks.first(lambda: checkpoints(out))
     for folder in reversed(folders):
         problem, path = "", os.path.join(folder, "state.json")
@@ -483,7 +485,7 @@ def load_checkpoint(settings: dict, model: DFT, optimizer, ranks: Ranks, say) ->
         if ranks.total([bool(problem)])[0]:
             say(f"warning   {folder} is skipped: {problem or 'another rank found it damaged'}")
             continue
-        compare_settings(state["settings"], settings, path)
+        compare_settings(settings, state["settings"], path)
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
         for p in model.parameters():
@@ -537,33 +539,30 @@ def plan(args, config: Config, method: Method) -> str:
     j = method.et_layer or max(1, round(L * 15 / 32))
     records, counts = read_records(args, method, Tokenizer(config))
     batch = lay_out(records, dataclasses.replace(method, lc_layer=i, et_layer=j), L)
-    size, steps = min(args.batch_size, len(records)), args.steps
-    steps = steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
+    steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
 
-    # A weight costs 6 FLOPs per token that meets it, 2 in a pass without gradient.
+    # A weight costs 6 FLOPs per token that passes it, 2 in the English pass, which has no gradient.
     layer_tokens = sum(batch.packed.depth) + sum(batch.english.depth) / 3
-    flops = 6 * (layer * layer_tokens + D * V * sum(batch.counts.values())) * size / len(records)
-    seconds = steps * flops / (args.world_size * args.peak_tflops * 1e12 * args.mfu)
+    flops = 6 * (layer * layer_tokens + D * V * sum(batch.counts.values()))
+    flops *= steps * min(args.batch_size, len(records)) / len(records)
+    minutes = flops / (args.world_size * args.peak_tflops * 1e12 * args.mfu) / 60
 
-    # Per GPU: 16 bytes for weight, gradient and two moments in fp32; copies of the weights in use;
-    # 34 bytes per token, layer and hidden unit (Korthikanti et al. 2022), or 2 if recomputed.
-    low, GB = DTYPES[args.dtype].itemsize, 1e9
-    states = 0 if args.cpu_offload else 16 * n * args.replicas / args.world_size / GB
-    copies = low * (n if args.world_size == 1 else n - (L - 2) * layer) / GB
+    # Per GPU: weight, gradient and two moments in fp32; copies of the weights in use; 34 bytes per
+    # token, layer and hidden unit (Korthikanti et al. 2022), 2 if recomputed; a chunk of logits.
+    low = DTYPES[args.dtype].itemsize
+    states = 0 if args.cpu_offload else 16 * n * args.replicas / args.world_size
+    copies = low * (n if args.world_size == 1 else n - (L - 2) * layer)
     per_layer = 2 if args.activation_checkpointing else 34
-    activations = (args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK) / GB
-    need = states + copies + activations
+    need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK
+    fits = "fits" if need < 0.92e9 * args.gpu_memory else "does NOT fit with 8 % to spare"
     return (f"model     {args.model}: {n:,} parameters, {L} layers; i = {i}, j = {j}\n"
             f"data      {counts}; {batch.tokens / len(records):.0f} tokens per record\n"
-            f"run       {steps:,} steps of {size} records, {flops:.2e} FLOPs each\n"
-            f"time      {seconds / 60:,.1f} minutes on {args.world_size} GPUs of "
-            f"{args.peak_tflops:g} TFLOP/s at {args.mfu:.0%} of their peak\n"
-            f"disk      {12e-9 * n * (args.keep + 1):,.1f} GB of checkpoints, {low * n / GB:,.1f} "
+            f"time      {steps:,} steps, {flops:.2e} FLOPs: {minutes:,.1f} minutes on "
+            f"{args.world_size} GPUs at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s\n"
+            f"disk      {12e-9 * n * (args.keep + 1):,.1f} GB of checkpoints, {low * n / 1e9:,.1f} "
             "GB for the model\n"
-            f"memory    {need:,.1f} of {args.gpu_memory:g} GB per GPU: {states:,.1f} weights, "
-            f"gradients, moments; {copies:,.1f} copies in {args.dtype}; {activations:,.1f} "
-            "activations: "
-            + ("fits" if need < 0.92 * args.gpu_memory else "does NOT fit with 8 % to spare"))
+            f"memory    {need / 1e9:,.1f} GB per GPU, {states / 1e9:,.1f} of them weights, "
+            f"gradients and moments: {fits} in {args.gpu_memory:g} GB")
 
 
 # ---------------------------------------------------------------------- equipment: command line

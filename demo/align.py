@@ -1,10 +1,10 @@
 """align.py: how near, layer by layer, a model's states of a sentence and of its translation are.
 
-    python demo/align.py --model BEFORE AFTER --lang zh --data FLORES_FOLDER --limit 200 --out align.json
+    python demo/align.py --model BEFORE AFTER --lang zh --data FLORES_FOLDER --out align.json
 
-A sentence's state is the mean over its tokens, without BOS, whose state is many times longer. For each
-layer: the cosine of translations, the cosine of other pairs, and how often the nearest English sentence
-is the translation, and the nearest target-language sentence that of the English one.
+A sentence's state is the mean over its tokens, without BOS, whose state is many times longer. For
+each layer: the cosine of translations and of other pairs, and how often the nearest sentence of the
+other language is the translation, from the target language and from English.
 """
 import argparse
 import json
@@ -28,7 +28,7 @@ def states(subject: Subject, sentences: list):
     for ids in tqdm(subject.tokenizer.encode(sentences), "reading", leave=False):
         packed = Packed()
         packed.add([subject.tokenizer.bos_id, *ids], L)
-        layers = subject.model(packed, tuple(range(L + 1))).values()                # (tokens, D) each
+        layers = subject.model(packed, tuple(range(L + 1))).values()            # (tokens, D) each
         vectors.append(torch.stack([x[1:].float().mean(0).cpu() for x in layers]))
     return F.normalize(torch.stack(vectors, 1), dim=-1)
 
@@ -50,23 +50,24 @@ def main(argv=None) -> None:
     parser.add_argument("--model", nargs="+", required=True, metavar="DIR", help="model folders")
     parser.add_argument("--data", required=True, help="a folder of FLORES, or a file of sentences")
     parser.add_argument("--data_en", help="the file of English sentences, if --data is a file")
-    parser.add_argument("--lang", default="zh", choices=["zh", "vi", "ar"], help="the target language")
+    parser.add_argument("--lang", default="zh", choices=["zh", "vi", "ar"], help="other language")
     parser.add_argument("--limit", type=int, help="use the first sentences only")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
-    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where to run")
+    parser.add_argument("--device", default="auto", choices=["auto", "cpu", "cuda"])
     parser.add_argument("--dtype", default="fp32", choices=DTYPES, help="number format")
     args = parser.parse_args(argv)
     pairs = [row for _, row in read_flores(f"{args.lang}-en", args.data, args.data_en)][:args.limit]
     results = []
     for folder in args.model:
         subject = Subject(folder, DTYPES[args.dtype], pick_device(args.device))
-        sides = [states(subject, [pair[lang] for pair in pairs]) for lang in (args.lang, "en")]
-        found = {"model": folder, "lang": args.lang, **align(*sides)}
-        names = [name for name in found if isinstance(found[name], list)]
-        columns = zip(*(found[name] for name in names))
-        rows = [[k, *(f"{value:.3f}" for value in row)] for k, row in enumerate(columns)]
-        print(f"{folder}, {found['n']} sentences\n\n{markdown(['layer', *names], rows)}\n")
-        results.append(found)
+        target = states(subject, [pair[args.lang] for pair in pairs])
+        found = align(target, states(subject, [pair["en"] for pair in pairs]))
+        columns = {"layer": range(len(target))}
+        for name in ("translations", "other pairs", "finds English", "found by English"):
+            columns[name] = [f"{value:.3f}" for value in found[name]]
+        print(f"{folder}, {found['n']} sentences in {args.lang} and en\n")
+        print(markdown(list(columns), list(zip(*columns.values()))) + "\n")
+        results.append({"model": folder, "lang": args.lang, **found})
     if args.out:
         with open(args.out, "w", encoding="utf-8") as file:
             json.dump(results, file, indent=1)

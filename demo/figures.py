@@ -1,8 +1,8 @@
 """figures.py: pictures of what eval.py --task lens wrote, and of the losses of runs.
 
     python eval.py --model BEFORE AFTER --task lens --data FILE --lang zh --out lens.json
-    python demo/figures.py lens.json --layers 1 3           writes lens.png
-    python demo/figures.py runs/A/metrics.jsonl runs/B/metrics.jsonl --out losses.png
+    python demo/figures.py lens.json lens.png --layers 1 3
+    python demo/figures.py runs/A/metrics.jsonl runs/B/metrics.jsonl losses.png
 
 A lens picture has a row for each model, with the same axes in all rows: the entropy of the
 next-token distribution that the head reads after each layer; the same for every token of one query;
@@ -110,11 +110,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE",
-                        help="one lens.json, or the metrics.jsonl of one or several runs")
+                        help="one lens.json, or the metrics.jsonl of one or several runs; and then "
+                        "the picture to write, NAME.png (without it, named like the last file)")
     parser.add_argument("--layers", nargs=2, type=int, metavar=("I", "J"),
                         help="the layers i and j that were trained, to be marked")
-    parser.add_argument("--out", metavar="PNG", help="the picture; without it, FILE with .png")
     args = parser.parse_args()
+    *files, out = args.files
+    if not out.endswith(".png"):
+        files, out = args.files, os.path.splitext(out)[0] + ".png"
     try:
         import matplotlib
         matplotlib.use("Agg")
@@ -123,7 +126,7 @@ def main() -> None:
         sys.exit("error: figures.py draws with matplotlib: pip install matplotlib")
     try:
         runs, models = {}, []
-        for path in args.files:
+        for path in files:
             with open(path, encoding="utf-8") as file:
                 if path.endswith(".jsonl"):
                     runs[short(os.path.dirname(path) or ".")] = [json.loads(line) for line in file]
@@ -131,10 +134,12 @@ def main() -> None:
                     models += json.load(file)
         figure = draw_losses(pyplot, runs) if runs else draw_lens(pyplot, models, args.layers)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        sys.exit(f"error: {' '.join(args.files)}: expected what eval.py --task lens --out wrote, "
+        sys.exit(f"error: {' '.join(files)}: expected what eval.py --task lens --out wrote, "
                  f"or metrics.jsonl of a run ({type(error).__name__} {error})")
-    out = args.out or os.path.splitext(args.files[0])[0] + ".png"
-    figure.savefig(out, dpi=150)
+    try:
+        figure.savefig(out, dpi=150)
+    except OSError as error:
+        sys.exit(f"error: {out}: {error.strerror}; expected a folder that can be written")
     print(f"The picture is {out}")
 
 

@@ -419,7 +419,8 @@ def test_several_models_and_tasks_give_one_table_and_one_list(tmp_path, capsys):
     tasks, out = write_tasks(tmp_path), tmp_path / "all.json"
     main(["--model", DEMO, DEMO, "--task", *tasks, "--template", "alpaca", "--out", str(out)])
     results, printed = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
-    assert "| model | xcopa.zh acc | mkqa.zh best_f1 | xnli.en acc |" in printed
+    assert ("| model | xcopa.zh acc | mkqa.zh exact_match | mkqa.zh f1 | mkqa.zh f1_answerable | "
+            "mkqa.zh best_f1 | xnli.en acc |") in printed
     assert sum(line.startswith(f"| {DEMO} |") for line in printed) == 2
     assert [r["task"] for r in results] == ["xcopa", "mkqa", "xnli"] * 2
     assert [r["template"] for r in results[:3]] == ["none", "alpaca", "none"]

@@ -373,7 +373,7 @@ def test_a_row_without_a_whole_english_side_is_trained_without_it_and_counted(de
 
 
 def test_the_method_sft_trains_on_english_and_on_nothing_else(demo):
-    english = [plain(1), plain(2, lang="en"), plain(3, lang="vi")]
+    english = [plain(1, lang=None), plain(2, lang="en"), plain(3, lang="vi")]
     assert records_of(english[:1], demo, "english")[1].kept == 1        # Stanford Alpaca's own file
     assert records_of(english, demo, "english")[1].kept == 2
     rows = [example(0), *UNTRANSLATED.values(), without(example(2), "lang", *ENGLISH), english[1]]

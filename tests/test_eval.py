@@ -196,7 +196,7 @@ def test_pictures_of_two_models_and_of_two_runs(tmp_path):
         write(tmp_path / name / "metrics.jsonl", rows)
     shapes = []
     for files in (["lens.json", "--layers", "1", "2"],
-                  ["a/metrics.jsonl", "b/metrics.jsonl", "--out", "losses.png"]):
+                  ["a/metrics.jsonl", "b/metrics.jsonl", "losses.png"]):
         done = draw(tmp_path, *files)
         assert done.returncode == 0, done.stderr
         image = images.imread(str(tmp_path / done.stdout.split()[-1]))
@@ -211,14 +211,15 @@ def test_pictures_of_two_models_and_of_two_runs(tmp_path):
 # -------------------------------------------------------------------------------------- mistakes
 
 @pytest.mark.parametrize("arguments, message", [
-    (["--limit", "0"], "--limit and --max_new_tokens: expected at least 1"),
+    (["--max_new_tokens", "0"], "--limit and --max_new_tokens: expected at least 1"),
+    (["--data", "x", "--limit", "5"], "--limit, --out and --items: expected --task as well"),
     (["--task", "lens"], "--task lens: expected lens or xnli, .* with --data FILE"),
     (["--task", "squad", "--data", "x"], "--task squad: expected lens or xnli"),
     (["--task", "xcopa.zh=x", "xnli"], "--task xnli: expected .* each written TASK.LANG=FILE"),
     (["--task", "xcopa", "--lang", "ar", "--data", "x"], "--lang ar: xcopa has zh, vi"),
     (["--task", "flores", "--lang", "zh", "--data", "x"], "--lang zh: flores has en-zh"),
-    (["--data", "x", "--out", "no/such/folder/x"], "no/such/folder/x: expected a file name"),
-    (["--data", "x", "--items", "."], ".: expected a file name, in a folder that can be written"),
+    (["--task", "lens", "--out", "no/such/folder/x"], "no/such/folder/x: expected a file name"),
+    (["--task", "lens", "--items", "."], ".: expected a file name, in a folder that can be written"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
 ])
 def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):
