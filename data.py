@@ -60,7 +60,7 @@ class Counts:
     kept: int = 0
     parallel: int = 0       # of those kept: with an English side
     target_only: int = 0    # of those kept: without one, although the method uses it
-    partial: int = 0        # of those target-only: with an English query or answer, but not both
+    partial: int = 0        # of those target-only: with an English query or answer, not both
     cut: int = 0            # of those kept: with an end cut off at --max_length
     empty: int = 0          # dropped: no query or no answer
     long: int = 0           # dropped: the prompt leaves no room for an answer
@@ -68,10 +68,10 @@ class Counts:
 
     def __str__(self):
         joined = f", joined {self.joined}" if self.joined else ""
-        half = f" ({self.partial:,} of them with half of one)" if self.partial else ""
+        half = f" ({self.partial:,} with a query or an answer only)" if self.partial else ""
         parts = [(self.parallel, "with an English side"), (self.target_only, f"without one{half}"),
                  (self.cut, "cut at --max_length"), (self.empty, "dropped: no query or no answer"),
-                 (self.long, "dropped: the prompt fills --max_length")]
+                 (self.long, "dropped: prompt too long for --max_length")]
         text = [f"{self.kept:,} of {self.read:,} records kept{joined}"]
         return "; ".join(text + [f"{number:,} {what}" for number, what in parts if number])
 
@@ -249,7 +249,7 @@ def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
 
 def read_parallel(path: str, path_en: str | None = None) -> list:
     """Rows of one parallel file, or of a target-language file joined with an English one: by id
-    if all rows of both have one, by position if none has. The rows' key "joined" says how."""
+    if all rows of both have one, by position if none has. The rows get a key "joined": how."""
     if path_en is None:
         return read_rows(path)
     index, index_en = index_rows(read_rows(path)), index_rows(read_rows(path_en))
@@ -274,7 +274,7 @@ def read_parallel(path: str, path_en: str | None = None) -> list:
 
 
 def index_rows(rows: list) -> dict:
-    """{id: (where, row)}, the id as text since 7 and "7" are one, or without one the position."""
+    """{id: (where, row)}; the id as text, so that 7 is "7"; a row without one has its position."""
     index = {}
     for n, (where, row) in enumerate(rows):
         value = row.get("id")

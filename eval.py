@@ -17,6 +17,7 @@ Any other benchmark: lm_eval --model hf --model_args pretrained=DIR
 import argparse
 import csv
 import glob
+import importlib.util
 import io
 import json
 import math
@@ -193,7 +194,7 @@ def compare(folders: dict, path: str, device: str, dtype, bos="auto") -> str:
                 own += bool(words) and (written_in(lang, text) or
                                         words <= set(item.gold.lower().split()))
             exact[lang].append(f"{right / len(items):.1%}")
-            written[lang].append(f"{own / len(items):.1%}")
+            written[lang].append(f"{own / len(items):.1%}" if lang in NAMES else "not judged")
     rows = []
     for lang in sorted(questions, key=lambda lang: (lang == "en", lang)):
         name = "en (retention)" if lang == "en" and len(folders) > 1 else lang
@@ -204,7 +205,7 @@ def compare(folders: dict, path: str, device: str, dtype, bos="auto") -> str:
 
 def written_in(lang: str, text: str) -> bool:
     """Roughly, whether a text is in a language: zh, ar: a fifth of its letters are of that script;
-    vi: one in fifty is Latin and not ASCII; en and all others: 19 in 20 are ASCII."""
+    vi: one in fifty is Latin and not ASCII; en: 19 in 20 are ASCII."""
     letters = [c for c in text if c.isalpha()]
     if lang not in SCRIPTS:
         return sum(c.isascii() for c in letters) >= 0.95 * len(letters)
@@ -451,6 +452,8 @@ def read_test(task: str, lang: str, files: list) -> tuple:
     if lang not in published:
         raise InputError(f"--lang {lang}: {task} has {', '.join(published)}")
     if task == "flores":
+        if not importlib.util.find_spec("sacrebleu"):
+            raise InputError("flores is scored by sacrebleu: pip install sacrebleu")
         rows = read_flores(lang, *files)
     else:
         for path in sorted(glob.glob(f"{glob.escape(files[0])}/*")) or files[:1]:
@@ -553,7 +556,7 @@ def parse(argv=None):
     add("--bos", default="auto", choices=["auto", "always", "never"],
         help="whether prompts begin with BOS; auto: as the folder's tokenizer does it")
     add("--template", default="auto", choices=["auto", "alpaca", "none"],
-        help="how a prompt is worded (with --data alone: alpaca); auto: as the folder's chat template")
+        help="the form of prompts (exact match: alpaca); auto: as the folder's chat template")
     add("--out", metavar="FILE", help="write the scores, with all that they depend on, as JSON")
     add("--items", metavar="FILE", help="write every item with its answer and its scores as JSONL")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
@@ -564,7 +567,8 @@ def parse(argv=None):
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         raise InputError("--limit and --max_new_tokens: expected at least 1")
     for path in filter(None, (args.out, args.items)):       # not after hours of computing
-        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        wrong = os.path.exists(path) and not os.path.isfile(path)       # a folder, /dev/null
+        if wrong or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"{path}: expected a file name, in a folder that can be written")
     return args
 

@@ -136,7 +136,7 @@ class Config:
             c["rope_theta"] = rope.get("rope_theta", c["rope_theta"])
             c["rope_scaling"] = None
             if rope_type == "llama3":
-                c["rope_scaling"] = {key: float(rope[key]) for key in ROPE_SCALING}
+                c["rope_scaling"] = {key: rope[key] for key in ROPE_SCALING}
             c["windows"] = tuple(
                 c["sliding_window"] if gemma and layer_type == "sliding_attention" else None
                 for layer_type in layer_types[:c["num_hidden_layers"]])
@@ -712,8 +712,11 @@ def exported_config(c: Config, dtype) -> dict:
 
 def write_json(value, path: str) -> None:
     """Write a value as JSON; after a crash the file is either the old one or the new one."""
-    with open(path + ".tmp", "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(path + ".tmp", path)
+    try:
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+    except OSError as error:                    # not every one of them names the file
+        raise OSError(f"{path}: {error.strerror}") from None

@@ -22,21 +22,23 @@ import ctypes
 import dataclasses
 import datetime
 import fcntl
+import glob
 import hashlib
 import json
 import math
 import os
-import re
 import resource
 import shutil
 import signal
 import sys
 import time
 import warnings
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from safetensors import SafetensorError
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, OffloadPolicy,
@@ -73,8 +75,10 @@ def main(argv=None) -> None:
     records, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
+    architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
-                                     "records": fingerprint(records)})
+                                     "records": fingerprint(records),
+                                     "config": hashlib.sha256(architecture).hexdigest()[:16]})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
     if stored:
@@ -111,13 +115,18 @@ def main(argv=None) -> None:
 
     stop = []                                   # times of stop signals
     handle_signals(stop)
-    train(model, optimizer, records, progress, metrics, settings, ranks, stop)
-    if progress.step < steps:
-        say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give the "
-            f"same command with --out {out}")
-        return
-    save(model.model, result, DTYPES[args.dtype], chat_template(bool(tokenizer.bos)))
+    try:
+        train(model, optimizer, records, progress, metrics, settings, ranks, stop)
+        if progress.step < steps:
+            say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give "
+                f"the same command with --out {out}")
+            return
+        save(model.model, result, DTYPES[args.dtype], chat_template(bool(tokenizer.bos)))
+    except (OSError, SafetensorError) as error:
+        raise OSError(f"{out}: {error}; {last_checkpoint(out)}; resolve this and give the same "
+                      f"command with --out {out} to resume") from None
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
     if progress.updates < steps:
         say(f"skipped   {steps - progress.updates} of {steps} steps: loss or gradient not finite")
     report(args, result, ranks)
@@ -350,14 +359,9 @@ def handle_signals(stop: list) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line on rank 0, until the reader of a pipe is gone (train.py | head)."""
-    if os.environ.get("RANK", "0") != "0":
-        return
-    try:
+    """Print a line on rank 0."""
+    if os.environ.get("RANK", "0") == "0":
         tqdm.write(text)
-        sys.stdout.flush()
-    except OSError:
-        sys.stdout = open(os.devnull, "w")
 
 
 def report(args, result: str, ranks: Ranks) -> None:
@@ -402,9 +406,11 @@ def open_folder(args, ranks: Ranks):
             out += "-again"
         try:
             os.makedirs(out, exist_ok=True)
-            names = sorted(os.listdir(out))
-            if names and not {"settings.json", "metrics.jsonl"} & set(names):
-                raise InputError(f"--out {out} has {', '.join(names[:3])} but no run; give another")
+            names = [name for name in sorted(os.listdir(out)) if name != "settings.json.tmp"
+                     and os.path.getsize(os.path.join(out, name))]      # what a killed start left
+            if names and "settings.json" not in names:
+                raise InputError(f"--out {out} has {', '.join(names[:3])} but no settings.json, so "
+                                 "it is not the folder of a run; give another")
             metrics = open(os.path.join(out, "metrics.jsonl"), "a+b")
             fcntl.flock(metrics, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
@@ -419,7 +425,8 @@ def compare_settings(settings, stored: dict, path: str) -> None:
     for key, value in vars(settings).items():
         if key not in stored or key not in FREE and value not in ("auto", stored[key]) and (
                 str(value) != str(stored[key])):
-            what = {"steps": "the number of steps", "records": "the digest of the tokenized data"}
+            what = {"steps": "the number of steps", "records": "the digest of the tokenized data",
+                    "config": "the digest of the model's configuration"}
             raise InputError(f"{what.get(key, '--' + key)} is {value}, but {stored.get(key)} in "
                              f"{path}; resume with the same value, or give a new --out")
 
@@ -427,8 +434,8 @@ def compare_settings(settings, stored: dict, path: str) -> None:
 def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: Ranks) -> None:
     """Write OUT/checkpoints/step-NNNNNN with torch.distributed.checkpoint; all ranks call it.
 
-    The folder is written as step-NNNNNN.partial and renamed when it is complete. An OSError leaves
-    the older checkpoints as they were.
+    The folder is written as step-NNNNNN.partial and renamed when it is complete, so that an error
+    leaves the older checkpoints as they were.
     """
     out, began = settings.out, time.perf_counter()
     folder = os.path.join(out, "checkpoints", f"step-{progress.step:06d}")
@@ -436,66 +443,42 @@ def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: 
     # Each rank writes one file per layer with its rows, and one file for the rest.
     numbers = {name: 2 + int(name.split(".")[2]) if ".layers." in name else 1 for name in tensors}
     writer = dcp.HuggingFaceStorageWriter(partial, numbers, save_distributed=True)
-    try:
-        if ranks.rank == 0:
-            os.stat(out)                        # fails if the folder of the run was removed
-            shutil.rmtree(partial, ignore_errors=True)
-        ranks.total([0])                        # wait for rank 0
-        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=not ranks.group)
-        digests = {}
-        for file in os.listdir(partial):
-            if file.startswith(f"shard-{ranks.rank + 1:05d}-"):
-                digests[file] = digest(os.path.join(partial, file))
-        everyone = [digests] * ranks.world
-        if ranks.group:
-            dist.all_gather_object(everyone, digests, group=ranks.group)
-        if ranks.rank == 0:
-            for theirs in everyone:
-                digests |= theirs
-            state = dict(progress=vars(progress), settings=vars(settings), files=digests)
-            write_json(state, os.path.join(partial, "state.json"))
-            shutil.rmtree(folder, ignore_errors=True)       # a damaged one of the same step
-            os.rename(partial, folder)
-    except (OSError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]
-        raise OSError(f"{partial}: {error}; step {progress.step} is not saved; "
-                      f"{last_checkpoint(out)}; resolve this and give the same command with --out "
-                      f"{out} to resume") from None
-    say(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
     if ranks.rank == 0:
+        os.stat(out)                            # an error if the folder of the run was removed
+        shutil.rmtree(partial, ignore_errors=True)
+    ranks.total([0])                            # wait for rank 0
+    dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=not ranks.group)
+    if ranks.rank == 0:                         # all ranks have written by now
+        state = dict(progress=vars(progress), settings=vars(settings), files=digests(partial))
+        write_json(state, os.path.join(partial, "state.json"))
+        shutil.rmtree(folder, ignore_errors=True)           # a damaged one of the same step
+        os.rename(partial, folder)
         for old in [path for path in checkpoints(out) if path <= folder][:-settings.keep]:
             shutil.rmtree(old, ignore_errors=True)
+    say(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
 
 
 def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
     """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
-    out = settings.out
-    folders = ranks.first(lambda: checkpoints(out))
-    for folder in reversed(folders):
-        problem, path = "", os.path.join(folder, "state.json")
-        try:
-            state = read_json(path)
-            progress, files = Progress(**state["progress"]), sorted(state["files"].items())
-            for file, expected in files[ranks.rank::ranks.world]:
-                if digest(os.path.join(folder, file)) != expected:
-                    problem = f"{file} is damaged"
-        except (InputError, OSError, KeyError, TypeError, AttributeError) as error:
-            problem = str(error)
-        if ranks.total([bool(problem)])[0]:
-            say(f"warning   {folder} is skipped: {problem or 'another rank found it damaged'}")
+    found = checkpoints(settings.out)
+    for folder in reversed(found):
+        path = os.path.join(folder, "state.json")
+        state = read_json(path) if os.path.exists(path) else {}
+        if state.get("files") != digests(folder):
+            say(f"warning   {folder} is skipped: its files are not those that were saved")
             continue
         compare_settings(settings, state["settings"], path)
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
+        progress = Progress(**state["progress"])
         for p in model.parameters():
             optimizer.state[p]["step"].fill_(progress.updates)
         say(f"resume    from {folder}, after step {progress.step:,}")
         return progress
-    if folders:
-        raise InputError(f"{out}: none of its checkpoints is intact; remove {out}/checkpoints to "
-                         "start from the first step")
-    say(f"resume    from the first step: {out} has no checkpoint")
+    if found:
+        raise InputError(f"{settings.out}: none of its checkpoints is intact; remove its folder "
+                         "checkpoints to start from the first step")
+    say(f"resume    from the first step: {settings.out} has no checkpoint")
     return Progress()
 
 
@@ -511,9 +494,7 @@ def checkpoint_tensors(model: DFT, optimizer) -> dict:
 
 def checkpoints(out: str) -> list:
     """The complete checkpoints of a run, oldest first."""
-    folder = os.path.join(out, "checkpoints")
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
-    return [os.path.join(folder, name) for name in names if re.fullmatch(r"step-\d{6}", name)]
+    return sorted(glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-" + "[0-9]" * 6)))
 
 
 def last_checkpoint(out: str) -> str:
@@ -521,10 +502,14 @@ def last_checkpoint(out: str) -> str:
     return f"the last checkpoint is {(checkpoints(out) or ['none'])[-1]}"
 
 
-def digest(path: str) -> str:
-    """SHA-256 of a file."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+def digests(folder: str) -> dict:
+    """{file: SHA-256} of the weight files of a checkpoint."""
+    def digest(path):
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    paths = sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors")))
+    with ThreadPoolExecutor() as pool:
+        return dict(zip(map(os.path.basename, paths), pool.map(digest, paths)))
 
 
 # --------------------------------------------------------------------- equipment: cost estimate
@@ -676,13 +661,33 @@ def make_method(args, config: Config) -> Method:
                   args.lens_norm, args.english_grad)
 
 
+class Output:
+    """stdout or stderr, flushed at once; once the reader is gone (train.py | head), a sink."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w")
+
+    def write(self, text):
+        try:
+            self.stream.write(text)
+            self.stream.flush()
+        except OSError:
+            self.stream = open(os.devnull, "w")
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # of a single process
     sys.stdout.reconfigure(line_buffering=True)
     try:
         main()
-    except (InputError, FloatingPointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (InputError, FloatingPointError, OSError, CheckpointException) as error:
+        if isinstance(error, CheckpointException):
+            error = next(iter(error.failures.values()))[0]      # what stopped the write
+        resume = "" if isinstance(error, InputError) else "; --out resumes from the last checkpoint"
+        print(f"error: {error}{resume}", file=sys.stderr)
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except RuntimeError as error:
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
@@ -691,6 +696,5 @@ if __name__ == "__main__":
               "--activation_checkpointing, more GPUs, or --cpu_offload", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:
-        print("stopped at once; the same command with --out resumes from the last checkpoint",
-              file=sys.stderr)
+        print("stopped at once; --out resumes from the last checkpoint", file=sys.stderr)
         sys.exit(130)

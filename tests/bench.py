@@ -34,7 +34,7 @@ sys.path.insert(0, ROOT)
 import train  # noqa: E402
 from data import Tokenizer, make_records, micro_batches, read_parallel  # noqa: E402
 from dft import lay_out  # noqa: E402
-from model import Config, Transformer, save, write_json  # noqa: E402
+from model import Config, Transformer, cap, save, write_json  # noqa: E402
 
 # hidden, MLP, layers, heads, key/value heads, head size, vocabulary
 SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
@@ -45,10 +45,7 @@ SETTINGS = ("model", "data", "method", "dtype", "lc_layer", "et_layer", "device"
 
 
 def flags(args, names):
-    words = []
-    for name in names:
-        words += [f"--{name}", str(getattr(args, name))]
-    return words
+    return [f"--{name}={getattr(args, name)}" for name in names]
 
 
 def random_model(args, folder):
@@ -132,14 +129,13 @@ def peer(settings, config, method, records, batch=8, liger=False):
         if liger:                   # its fused loss, a mean, makes no logits
             return run_model(texts, labels=labels).loss * (labels != -100).sum(), None
         out = run_model(texts)
-        logits = out.logits
+        logits, norm = out.logits, model.model.norm
         if layer < L:
-            weight, limit = model.model.norm.weight.detach(), config.final_logit_softcapping
             with autocast:
-                x = torch.func.functional_call(model.model.norm, {"weight": weight},
+                x = torch.func.functional_call(norm, {"weight": norm.weight.detach()},
                                                out.hidden_states[layer])
                 logits = F.linear(x, model.lm_head.weight.detach())
-                logits = limit * torch.tanh(logits / limit) if limit else logits
+                logits = cap(logits, config.final_logit_softcapping)
         logits = logits[:, :-1].float().flatten(0, 1)                           # (R * (T - 1), V)
         return F.cross_entropy(logits, labels[:, 1:].flatten(), reduction="sum"), out.hidden_states
 

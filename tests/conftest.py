@@ -38,19 +38,19 @@ def hf_model(folder):
 
 
 TINY = dict(vocab_size=97, num_hidden_layers=4, max_position_embeddings=128)
+# The wavelengths are 6.3, 19.9, 62.8 and longer. A first context of 32 keeps those below 32/4,
+# stretches those above 32/1 and blends those between.
+LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_factor=1.0,
+                   high_freq_factor=4.0, original_max_position_embeddings=32)
 FAMILIES = {
     # as many key/value heads as heads, an untied head
     "llama2": LlamaConfig(
         hidden_size=32, intermediate_size=44, num_attention_heads=4, num_key_value_heads=4,
         rms_norm_eps=1e-5, tie_word_embeddings=False, **TINY),
-    # The wavelengths are 6.3, 19.9, 62.8 and longer. A first context of 32 keeps those below 32/4,
-    # stretches those above 32/1 and blends those between.
+    # two query heads for a key/value head, stretched wavelengths
     "llama3": LlamaConfig(
         hidden_size=64, intermediate_size=80, num_attention_heads=4, num_key_value_heads=2,
-        rope_parameters=dict(rope_type="llama3", rope_theta=10000.0, factor=8.0,
-                             low_freq_factor=1.0, high_freq_factor=4.0,
-                             original_max_position_embeddings=32),
-        tie_word_embeddings=False, **TINY),
+        rope_parameters=LLAMA3_ROPE, tie_word_embeddings=False, **TINY),
     # a tied head, three query heads for a key/value head, heads that do not add up to hidden_size
     "smollm2": LlamaConfig(
         hidden_size=48, intermediate_size=64, num_attention_heads=6, num_key_value_heads=2,
@@ -79,21 +79,26 @@ def family(tmp_path_factory):
 
     def write(name):
         if name not in folders:
-            torch.manual_seed(1)
-            gemma = name.startswith("gemma2")
-            model = (Gemma2ForCausalLM if gemma else LlamaForCausalLM)(FAMILIES[name])
-            for key, p in model.named_parameters():
-                if "norm" in key:           # initialised, all norms are the identity
-                    p.data.add_(torch.randn_like(p) * 0.2)
-                else:                       # large enough that greedy text varies
-                    p.data.normal_(0, 0.15)
-            if name == "gemma2":
-                bend_both_caps(model.model)
             folders[name] = str(tmp_path_factory.mktemp(name))
-            model.save_pretrained(folders[name])
+            with torch.random.fork_rng():           # draws nothing from the test's numbers
+                random_model(name).save_pretrained(folders[name])
         return folders[name]
 
     return write
+
+
+def random_model(name):
+    """A transformers model of a family."""
+    torch.manual_seed(1)
+    model = (Gemma2ForCausalLM if name.startswith("gemma2") else LlamaForCausalLM)(FAMILIES[name])
+    for key, p in model.named_parameters():
+        if "norm" in key:                   # initialised, all norms are the identity
+            p.data.add_(torch.randn_like(p) * 0.2)
+        else:                               # large enough that greedy text varies
+            p.data.normal_(0, 0.15)
+    if name == "gemma2":
+        bend_both_caps(model.model)
+    return model
 
 
 def bend_both_caps(model):

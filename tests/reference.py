@@ -53,8 +53,8 @@ def feature(hf, record, term, method):
 
 
 def states(hf, ids):
-    """The residual stream (T, D) after layers 0..L. The last of transformers' hidden_states is taken
-    after the final norm, so we take it from the last layer itself."""
+    """The residual stream (T, D) after layers 0..L. The last of transformers' hidden_states comes
+    after the final norm, so a hook takes it before that."""
     last = []
     hook = hf.model.layers[-1].register_forward_hook(lambda module, args, out: last.append(out))
     h = hf(torch.tensor([ids]), output_hidden_states=True).hidden_states

@@ -321,7 +321,7 @@ def test_no_item_of_a_real_file_is_lost_and_parts_are_warned_of(shared, task, la
     assert whole or re.search(rf"{count:,} items; \w+ has [\dan ]", test["warning"])
 
 
-def test_flores_is_read_from_folders_and_two_files_and_json_is_never_a_sentence(tmp_path):
+def test_flores_is_read_from_folders_and_two_files_and_json_is_never_a_sentence(tmp_path, monkeypatch):
     zh, en = ["欧元是法国的货币。", "[1] 你好"], ["The euro is French.", "Hello"]
 
     def fill(name, files, form):
@@ -344,6 +344,9 @@ def test_flores_is_read_from_folders_and_two_files_and_json_is_never_a_sentence(
                                   ("zh-en", old, "2 and 1 sentences, expected equally many")):
         with pytest.raises(InputError, match=message):
             read_test("flores", lang, [folder])
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(InputError, match="pip install sacrebleu"):
+        read_test("flores", "zh-en", [plain])
 
 
 @pytest.mark.parametrize("task, lang, row, text", [

@@ -98,8 +98,7 @@ def test_every_switch_does_what_the_separate_passes_do(models, signal, switch):
 @pytest.mark.parametrize("name", ("llama3", "smollm2", "gemma2-mild"))
 @pytest.mark.parametrize("signal", ("logits", "feature"))
 @pytest.mark.parametrize("term", ("lc", "et"))
-def test_an_inner_loss_trains_no_layer_above_its_own_and_neither_norm_nor_head(
-        models, term, signal, name):
+def test_an_inner_loss_trains_no_layer_above_its_own_nor_norm_and_head(models, term, signal, name):
     method = Method(**{"lc": "none", "et": "none", term: signal}, lc_layer=2, et_layer=2)
     model = DFT(models[name][1], method)
     found = gradients(model, ours(model, make_records())[term][0])
@@ -114,7 +113,7 @@ def test_a_tied_embedding_learns_from_an_inner_loss_as_input_only(models):
     model = DFT(models["smollm2"][1], Method("logits", "none", 2, 2))
     record = Record([1, 5, 6], [7], (1, 3), query_en=[8, 9], answer_en=[10, 11])
     found = gradients(model, ours(model, [record])["lc"][0])["embed_tokens.weight"]
-    # 9 is the last token of the query, so nothing is predicted from it; 7 is in another segment.
+    # 9 is the last token of the query and predicts nothing; 7 is in another segment.
     assert found.any(dim=1).nonzero()[:, 0].tolist() == [1, 5, 6, 8]
 
 
@@ -134,8 +133,7 @@ def test_the_example_of_the_first_page_is_laid_out_as_drawn():
 
 @pytest.mark.parametrize("signal", ("logits", "feature"))
 @pytest.mark.parametrize("records", ([Record([1, 5], [6, 7])], [Record([1], [])]))
-def test_without_an_english_side_or_an_answer_a_loss_is_a_differentiable_zero(
-        models, signal, records):
+def test_a_loss_of_no_tokens_or_pairs_is_a_differentiable_zero(models, signal, records):
     """FSDP needs a backward pass on every rank, whatever its records are."""
     model = DFT(models["llama3"][1], Method(signal, signal, 1, 3))
     sums = ours(model, records)

@@ -107,14 +107,16 @@ def test_the_table_counts_right_answers_and_those_in_the_language_english_last(t
     zh, en = questions("zh", 2), questions("en", 3)
     en[0]["output"] += "!"                                  # one wrong; all three are English
     zh[0]["output"] = "Euro"
-    path = write(tmp_path / "test.jsonl", [*en, *zh, {**questions("en", 1)[0], "lang": "ar"}])
+    path = write(tmp_path / "test.jsonl", [*en, *zh, {**questions("en", 1)[0], "lang": "ar"},
+                                         {**questions("en", 1)[0], "lang": "fr"}])
     folders = {"before": DEMO, "after": DEMO}
     table = evaluation.compare(folders, path, "cpu", torch.float32).split("\n")
     assert table[0] == ("| language | questions | before | after | before, in the language | "
                         "after, in the language |")
     assert table[2] == "| ar | 1 | 100.0% | 100.0% | 100.0% | 100.0% |", "words of the right answer"
-    assert table[3].startswith("| zh | 2 | 0.0% | 0.0% |")
-    assert table[4:] == ["| en (retention) | 3 | 66.7% | 66.7% | 100.0% | 100.0% |"]
+    assert table[3] == "| fr | 1 | 100.0% | 100.0% | not judged | not judged |"
+    assert table[4].startswith("| zh | 2 | 0.0% | 0.0% |")
+    assert table[5:] == ["| en (retention) | 3 | 66.7% | 66.7% | 100.0% | 100.0% |"]
 
 
 @pytest.mark.parametrize("lang, yes, no", [

@@ -33,10 +33,9 @@ def test_block_masks_hold_the_rule_and_every_block_that_it_needs(family, layer, 
     seen = mask.mask_mod(0, 0, torch.arange(size)[:, None], torch.arange(size)[None, :])
     for a, line in zip(tokens, seen[:n, :n].tolist()):      # the rule in words, for each pair
         for b, sees in zip(tokens, line):
-            same_row = packed.row[a] == packed.row[b]
             text = packed.segment[b] in (0, packed.segment[a])      # the prompt or its own segment
             near = window is None or packed.position[a] - packed.position[b] < window
-            assert sees == (same_row and b <= a and text and near), (a, b)
+            assert sees == (packed.row[a] == packed.row[b] and b <= a and text and near), (a, b)
     assert torch.equal(seen[n:], torch.eye(size, dtype=torch.bool)[n:])     # else NaN in padding
     computed = mask.to_dense()[0, 0].bool().repeat_interleave(128, 0).repeat_interleave(128, 1)
     assert not (seen & ~computed).any() and computed.float().mean() < 0.5
@@ -72,9 +71,9 @@ def test_compiled_parts_equal_plain_ones_and_are_not_recompiled(family, name, wi
         records = make_records(rows, [(7 + r, 5 + rows, 4 + r, 6, 8) for r in range(rows)])
         with torch.set_grad_enabled(not with_flex):
             sums, expected = ours(fast, records), ours(plain, records)
-        for term in expected:
-            assert_close(sums[term][0], expected[term][0], term)
-        if not with_flex:
+        if with_flex:
+            assert_close(objective(sums), objective(expected))
+        else:
             assert_same(fast, sums, plain, expected)
         graphs.append(counters["stats"]["unique_graphs"])
     assert before + 3 <= graphs[0] == graphs[1] == graphs[2]       # a layer in two parts; the loss
@@ -83,7 +82,6 @@ def test_compiled_parts_equal_plain_ones_and_are_not_recompiled(family, name, wi
 COUNT_PAGES = """
 import resource, torch, train
 def new_pages():
-    torch.ones(2 ** 24)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
     for _ in range(10):
         torch.ones(2 ** 24)
@@ -96,17 +94,17 @@ print(new_pages())
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc")
 def test_memory_that_a_step_freed_is_used_again():
-    """Ten blocks of 64 MiB in turn need ten times new pages, but none after train.start()."""
+    """Ten blocks of 64 MiB in turn need new pages ten times, and once after train.start()."""
     out = subprocess.check_output([sys.executable, "-c", COUNT_PAGES], cwd=ROOT, text=True)
-    returned, kept = (int(line) for line in out.split())
-    assert kept < returned / 3
+    returned, kept = out.split()
+    assert int(kept) < int(returned) / 3
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: compiled FlexAttention")
 @pytest.mark.parametrize("name", ("llama3", "gemma2-mild"))
 @pytest.mark.parametrize("signal", ("logits", "feature"))
 def test_on_a_gpu_compiled_bf16_is_near_plain_fp32_and_is_not_recompiled(family, signal, name):
-    method, graphs = Method(signal, signal, 1, 3), []
+    graphs, method = [], Method(signal, signal, 1, 3)
     plain, fast = DFT(load(family(name)), method), DFT(load(family(name), device="cuda"), method)
     fast.model.compute_dtype = torch.bfloat16
     fast.compile_parts(flex=True)

@@ -4,7 +4,7 @@
     FUZZ_SEEDS=50 python -m pytest tests/test_fuzz.py       50 variants of each damage instead of 4
 
 The damage is what users meet: an interrupted download, a full disk, line ends that a transfer
-changed, an error page or a git-lfs pointer in the place of a file, a key lost in editing.
+changed, an error page or a git-lfs pointer in the place of a file.
 """
 import argparse
 import json
@@ -36,41 +36,27 @@ def other_file(rng, blob):
                        "UTF-16\n".encode("utf-16"), b"PK\x03\x04" + rng.randbytes(500)])
 
 
-def lose_a_key(rng, blob):
-    """Without a key of a JSON object, or of the first line of JSONL."""
-    text = blob.decode()
-    first, rest = (text, "") if text.startswith("{\n") else text.split("\n", 1)
-    value = json.loads(first)
-    del value[rng.choice(list(value))]
-    return f"{json.dumps(value)}\n{rest}".encode()
-
-
-def somewhere(rng, blob):
-    return rng.randrange(len(blob))
+def lose_a_block(rng, blob):
+    at = rng.randrange(len(blob))
+    return blob[:at] + blob[at + 100:]
 
 
 DAMAGES = {
-    "cut": lambda rng, blob: blob[:somewhere(rng, blob)],
+    "cut": lambda rng, blob: blob[:rng.randrange(len(blob))],
     "cut a little": lambda rng, blob: blob[:-rng.randint(1, 20)],
-    "zeros at the end": lambda rng, blob: blob[:somewhere(rng, blob)].ljust(len(blob), b"\0"),
-    "a block lost": lambda rng, blob: blob[:(at := somewhere(rng, blob))] + blob[at + 100:],
+    "zeros at the end": lambda rng, blob: blob[:rng.randrange(len(blob))].ljust(len(blob), b"\0"),
+    "a block lost": lose_a_block,
     "Windows line ends": lambda rng, blob: blob.replace(b"\n", b"\r\n"),
-    "another file": other_file, "a key lost": lose_a_key, "missing": None, "a folder": None}
-EDITED = ("config.json", "rows.jsonl", "1.jsonl", "2.jsonl")        # by hand
+    "another file": other_file, "missing": None, "a folder": None}
 
 
 def damage(rng, how, file):
-    """Damage a file; False if it cannot be damaged so."""
     blob = file.read_bytes()
-    if how == "a key lost" and file.name not in EDITED:
-        return False
-    if DAMAGES[how]:
-        file.write_bytes(DAMAGES[how](rng, blob))
-        return True
     file.unlink()
     if how == "a folder":
         file.mkdir()
-    return True
+    elif how != "missing":
+        file.write_bytes(DAMAGES[how](rng, blob))
 
 
 def outcome(use, *args):
@@ -183,17 +169,17 @@ def test_a_damaged_file_works_or_is_refused_in_one_line(folders, tmp_path, kind,
             for seed in SEEDS:
                 copy = tmp_path / f"{folder.name} {file.name} {seed}"
                 shutil.copytree(folder, copy)
-                if damage(rng, how, copy / file.name):
-                    outcomes.append(outcome(KINDS[kind][1], copy))
+                damage(rng, how, copy / file.name)
+                outcomes.append(outcome(KINDS[kind][1], copy))
                 shutil.rmtree(copy)
     assert "refused" in outcomes or how == "Windows line ends"
 
 
-def test_a_huge_model_is_refused_before_it_is_allocated(folders, tmp_path):
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size"])
+def test_a_huge_model_is_refused_before_it_is_allocated(folders, tmp_path, key):
     shutil.copytree(folders["models"][1], tmp_path / "model")
-    for keys in (dict(hidden_size=2 ** 20), dict(vocab_size=2 ** 40), dict(intermediate_size=2 ** 40)):
-        (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, **keys}))
-        assert outcome(load, str(tmp_path / "model")) == "refused"
+    (tmp_path / "model" / "config.json").write_text(json.dumps({**LLAMA, key: 2 ** 40}))
+    assert outcome(load, str(tmp_path / "model")) == "refused"
 
 
 class Bomb:
@@ -221,10 +207,10 @@ RANKS = train.Ranks(torch.device("cpu"))
 
 
 def training(folder, out):
-    """What a checkpoint is loaded into."""
+    """What save_checkpoint and load_checkpoint take."""
+    settings = argparse.Namespace(out=str(out), keep=2, lr=0.1, weight_decay=0.0)
     model = DFT(load(str(folder)), Method("none", "none"))
-    optimizer = train.make_optimizer(model, argparse.Namespace(lr=0.1, weight_decay=0.0))
-    return dict(out=str(out), keep=2, lr=0.1), model, optimizer
+    return settings, model, train.make_optimizer(model, settings)
 
 
 @pytest.fixture(scope="module")
@@ -236,24 +222,23 @@ def run(folders, tmp_path_factory):
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(step)
-        train.save_checkpoint(settings, model, optimizer, train.Progress(step, step), RANKS, print)
+        train.save_checkpoint(settings, model, optimizer, train.Progress(step, step), RANKS)
     return out
 
 
-@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "a key lost"])
-def test_a_damaged_checkpoint_is_skipped_with_a_warning(folders, run, tmp_path, how):
+@pytest.mark.parametrize("how", [how for how in DAMAGES if how != "a folder"])
+def test_a_damaged_checkpoint_is_skipped_with_a_warning(folders, run, tmp_path, capsys, how):
     rng, steps = random.Random(how), set()
     for file in sorted((run / "checkpoints" / "step-000002").iterdir()):
         for seed in SEEDS:
-            copy, said = tmp_path / f"{file.name} {seed}", []
+            copy = tmp_path / f"{file.name} {seed}"
             shutil.copytree(run, copy)
             damage(rng, how, copy / "checkpoints" / "step-000002" / file.name)
             settings, model, optimizer = training(folders["models"][1], copy)
-            load_into = settings, model, optimizer, RANKS, said.append
-            if outcome(train.load_checkpoint, *load_into) == "works":
-                (step,) = {p.flatten()[0].item() for p in model.parameters()}
-                assert all((p == step).all() for p in model.parameters())
-                assert ("warning" in said[0]) == (step == 1) and all(map(str.isprintable, said))
-                steps.add(step)
+            train.load_checkpoint(settings, model, optimizer, RANKS)    # step 1 is whole: no error
+            (step,) = {p.flatten()[0].item() for p in model.parameters()}
+            assert all((p == step).all() for p in model.parameters())
+            assert ("warning" in capsys.readouterr().out) == (step == 1)
+            steps.add(step)
             shutil.rmtree(copy)
     assert 1 in steps or how == "Windows line ends"
