@@ -74,7 +74,9 @@ class Subject:
         """Greedy continuations. A prompt that leaves no room for one loses its beginning."""
         positions, last = self.model.config.max_position_embeddings, ()
         new = min(max_new_tokens, positions // 2)
-        ids = [prompt[new - positions:] for prompt in self.encode(prompts)]
+        whole = self.encode(prompts)
+        ids = [prompt[new - positions:] for prompt in whole]
+        tell_cut(whole, ids)
         if one_line:                                    # ends after a token that holds a line end
             last = [n for n in range(self.tokenizer.size) if "\n" in self.tokenizer.decode([n])]
         texts = [""] * len(ids)
@@ -109,6 +111,14 @@ class Subject:
                 print(f"error: {error}", file=sys.stderr)
 
 
+def tell_cut(whole: list, kept: list) -> None:
+    """Say how many prompts did not fit the model's positions."""
+    cut = sum(len(a) > len(b) for a, b in zip(whole, kept))
+    if cut and RANK == 0:
+        print(f"note: {cut} of {len(whole)} prompts do not fit the model's positions; their "
+              "beginnings are cut", file=sys.stderr)
+
+
 def batches(title: str, sizes: list, budget: int):
     """Item numbers, largest first, in groups of at most `budget` tokens; with a progress bar."""
     groups, total = [], budget
@@ -126,15 +136,17 @@ def log_likelihoods(subject: Subject, items: list, budget: int = 4096) -> list:
     """[log P(choice | context) of each choice], in nats, for each item. Context and choice are
     encoded as one text; the choice is what follows after as many tokens as the context has by
     itself. A context that is too long loses its beginning."""
-    model, contexts, choices, scores, sizes = subject.model, [], [], [], []
+    model, whole, contexts, choices, scores, sizes = subject.model, [], [], [], [], []
     L, room = model.config.num_hidden_layers, model.config.max_position_embeddings + 1
     for item in items:
         context = item.context.rstrip()                     # spaces at its end begin the choice
         ids, *both = subject.tokenizer.encode([context, *(item.context + c for c in item.choices)])
-        choices.append([tuple(whole[len(ids):]) for whole in both])
+        choices.append([tuple(joint[len(ids):]) for joint in both])
         scores.append(dict.fromkeys(choices[-1]))           # equal choices are scored once
-        contexts.append(subject.encode([context])[0][-max(1, room - max(map(len, choices[-1]))):])
+        whole.append(subject.encode([context])[0])
+        contexts.append(whole[-1][-max(1, room - max(map(len, choices[-1]))):])
         sizes.append(len(contexts[-1]) + sum(map(len, scores[-1])))
+    tell_cut(whole, contexts)
     for batch in batches("scoring", sizes, budget):
         packed, indices, targets, numbers, keys, logp = Packed(), [], [], [], [], []
         for n in batch:

@@ -106,7 +106,7 @@ class Config:
         path = os.path.join(folder, "config.json")
         raw = read_json(path)
         family = raw.get("model_type")
-        if family not in DEFAULTS:
+        if str(family) not in DEFAULTS:
             raise InputError(f"{path}: model_type is {family!r}, expected {' or '.join(DEFAULTS)}")
         gemma = family == "gemma2"
         c = {**DEFAULTS[family], **raw, "gemma": gemma, "raw": raw, "folder": folder}
@@ -147,7 +147,11 @@ class Config:
             for key, ids in (("bos_token_id", [c["bos_token_id"]]), ("eos_token_id", c["eos_ids"])):
                 if not ids or not all(type(i) is int and 0 <= i < c["vocab_size"] for i in ids):
                     raise ValueError(f"{key} is {c[key]!r}, expected an id below vocab_size")
-            return cls(**{field.name: c[field.name] for field in dataclasses.fields(cls)})
+            fields = [field.name for field in dataclasses.fields(cls)]
+            for name in fields[1:9]:            # vocab_size to max_position_embeddings
+                if type(c[name]) is not int or c[name] < 1:
+                    raise ValueError(f"{name} is {c[name]!r}, expected a whole number above 0")
+            return cls(**{name: c[name] for name in fields})
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path}: {what}") from None
@@ -692,6 +696,9 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
     if chat_template:       # transformers 5 reads the .jinja file, 4 reads tokenizer_config.json
         path = os.path.join(partial, "tokenizer_config.json")
         tokenizer_config = read_json(path) if os.path.exists(path) else {}
+        if "tokenizer.json" not in os.listdir(partial):
+            # else transformers 5 gives text after BOS no leading space, unlike text without BOS
+            tokenizer_config["legacy"] = True
         write_json({**tokenizer_config, "chat_template": chat_template}, path)
         with open(os.path.join(partial, "chat_template.jinja"), "w", encoding="utf-8") as file:
             file.write(chat_template)

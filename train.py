@@ -18,6 +18,7 @@ OUT/model is the result, a Hugging Face folder. OUT/metrics.jsonl has one line p
 OUT/settings.json the settings. To resume a stopped run, give the same command with the same --out.
 """
 import argparse
+import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -322,7 +323,8 @@ def read_records(args, method: Method, tokenizer: Tokenizer):
     """([Record], Counts) of the data of a run."""
     side = "both" if method.signals() else "english" if args.method == "sft" else "target"
     rows = read_parallel(args.data, args.data_en)
-    records, counts = make_records(rows, tokenizer, side, args.max_length)
+    records, counts = make_records(rows, tokenizer, side, args.max_length,
+                                   "feature" in method.signals().values())
     if method.signals() and not counts.parallel:
         raise InputError(f"{args.data}: no record has the keys instruction_en and output_en, which "
                          f"--method {args.method} needs; give --data_en, or use --method tft")
@@ -462,8 +464,9 @@ def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
     """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
     found = checkpoints(settings.out)
     for folder in reversed(found):
-        path = os.path.join(folder, "state.json")
-        state = read_json(path) if os.path.exists(path) else {}
+        path, state = os.path.join(folder, "state.json"), {}
+        with contextlib.suppress(InputError):   # damaged: the check below fails
+            state = read_json(path)
         if state.get("files") != digests(folder):
             say(f"warning   {folder} is skipped: its files are not those that were saved")
             continue

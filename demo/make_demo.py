@@ -237,7 +237,7 @@ CONFIG = dict(
     tie_word_embeddings=True, bos_token_id=1, eos_token_id=2, torch_dtype="bfloat16", use_cache=True)
 TOKENIZER_CONFIG = dict(
     tokenizer_class="LlamaTokenizer", bos_token="<s>", eos_token="</s>", unk_token="<unk>",
-    add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False, legacy=False,
+    add_bos_token=True, add_eos_token=False, clean_up_tokenization_spaces=False, legacy=True,
     model_max_length=512)
 MODEL = os.path.join(HERE, "model")
 

@@ -117,7 +117,7 @@ def test_each_segment_of_a_row_equals_a_pass_of_prompt_and_segment(family, name)
 def test_no_layer_above_the_highest_one_asked_for_is_computed(family):
     model, packed = load(family("llama2")), pack(random_rows((5, 3)))
     whole = model(packed, (2, 3, 4))
-    del model.layers[2:]
+    model.layers[2].forward = None              # a call would fail
     out = model(packed, (0, 2))
     assert out.keys() == {0, 2} and torch.equal(out[2], whole[2])
 
