@@ -22,6 +22,9 @@ HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with a
                    "provides further context. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n")
 TAIL = "\n\n### Response:"
+LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "es": "Spanish", "fr": "French",
+             "hi": "Hindi", "ja": "Japanese", "ru": "Russian", "sw": "Swahili", "th": "Thai",
+             "vi": "Vietnamese", "zh": "Chinese"}
 KEYS = ("instruction", "input", "output")       # of a row; its English side: instruction_en, ...
 
 
@@ -64,13 +67,15 @@ class Counts:
     cut: int = 0            # of those kept: with an end cut off at --max_length
     empty: int = 0          # dropped: no query or no answer
     long: int = 0           # dropped: the prompt leaves no room for an answer
+    english: int = 0        # English sides that were added as records of their own
     joined: str = ""        # how two files were joined: "by id" or "by position"
 
     def __str__(self):
         joined = f", joined {self.joined}" if self.joined else ""
         half = f" ({self.partial:,} with a query or an answer only)" if self.partial else ""
         parts = [(self.parallel, "with an English side"), (self.target_only, f"without one{half}"),
-                 (self.cut, "cut at --max_length"), (self.empty, "dropped: no query or no answer"),
+                 (self.english, "English records added"), (self.cut, "cut at --max_length"),
+                 (self.empty, "dropped: no query or no answer"),
                  (self.long, "dropped: prompt too long for --max_length")]
         text = [f"{self.kept:,} of {self.read:,} records kept{joined}"]
         return "; ".join(text + [f"{number:,} {what}" for number, what in parts if number])
@@ -80,7 +85,8 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
                  english_prompt: bool = True):
     """Rows -> ([Record], Counts).
 
-    side  the "target" language; "both"; "english": the English side as the record (paper: SFT).
+    side  the "target" language; "both"; "english": the English side as the record (paper: SFT);
+          "translation": translate the query into English (Zhu et al. 2024, question alignment).
     english_prompt  with "both": add prompt_en, which only feature losses need.
 
     Without an English side a row of "both" becomes a target-only record. A row of "english" is
@@ -93,6 +99,10 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
         target, english = read_side(where, row, ""), read_side(where, row, "_en")
         if side == "english" and (english or (row.get("lang") or default_lang) != "en"):
             target = english
+        if side == "translation" and target:
+            source = f"from {LANGUAGES[row['lang']]} " if row.get("lang") in LANGUAGES else ""
+            task = f"Translate the following sentences {source}to English."
+            target = english and [task, query_text(target), query_text(english)]
         if target is None:
             counts.empty += 1
             continue
@@ -101,8 +111,8 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
         parallel = side == "both" and english is not None
         if parallel:
             other = encode_side(english, tokenizer)
-            query = "\n\n".join(text for text in english[:2] if text)       # instruction, input
-            record.query_en, record.answer_en = tokenizer.encode([query])[0], other.answer
+            record.query_en = tokenizer.encode([query_text(english)])[0]
+            record.answer_en = other.answer
             if english_prompt:
                 record.prompt_en, record.prompt_en_query = other.prompt, other.query
                 room_en = min(room, max_length - len(other.prompt))
@@ -123,6 +133,30 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
     if not records:
         raise InputError(f"{rows[0][0]} and after: nothing to train on: {counts}")
     return records, counts
+
+
+def english_records(rows: list, tokenizer: "Tokenizer", max_length: int, share: float, seed: int,
+                    counts: Counts) -> list:
+    """A share of the distinct English sides of rows, each as a record of its own."""
+    sides = {}
+    for where, row in rows:
+        side = read_side(where, row, "_en")
+        if side:
+            sides[tuple(side)] = None
+    order = np.random.RandomState([seed, len(sides)]).permutation(len(sides))
+    chosen, records = set(order[:round(share * len(sides))].tolist()), []
+    for n, side in enumerate(sides):
+        if n in chosen:
+            record = encode_side(side, tokenizer)
+            record.answer = record.answer[:max(0, max_length - len(record.prompt))]
+            records += [record] if record.answer else []
+    counts.english = len(records)
+    return records
+
+
+def query_text(texts: list) -> str:
+    """The query of a side: instruction and, after a blank line, the input if there is one."""
+    return "\n\n".join(text for text in texts[:2] if text)
 
 
 def read_side(where: str, row: dict, suffix: str) -> list | None:

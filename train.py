@@ -13,6 +13,7 @@ instruction_en, input_en, output_en in English. Methods (arXiv 2503.01275):
     tft            train on the target language only: ordinary fine-tuning
     dft-logits     tft, and layer i predicts the English query, layer j the English answer
     dft-feature    tft, and pooled states of layers i and j point where those of the English text do
+    qalign         translate queries into English (Zhu et al. 2024); then run sft with OUT/model
 
 OUT/model is the result, a Hugging Face folder. OUT/metrics.jsonl has one line per step and
 OUT/settings.json the settings. To resume a stopped run, give the same command with the same --out.
@@ -28,6 +29,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import resource
 import shutil
 import signal
@@ -36,6 +38,7 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
+import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -47,15 +50,15 @@ from torch.distributed.fsdp import (CPUOffloadPolicy, MixedPrecisionPolicy, Offl
 from torch.distributed.tensor import DTensor
 from tqdm import tqdm
 
-from data import (Record, Tokenizer, batch_of, chat_template, fingerprint, make_records,
-                  micro_batches, read_parallel, steps_per_epoch)
+from data import (Record, Tokenizer, batch_of, chat_template, english_records, fingerprint,
+                  make_records, micro_batches, read_parallel, steps_per_epoch)
 from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
 from eval import compare, read_questions
 from model import (DTYPES, Config, InputError, Packed, Transformer, check_weights, load_weights,
                    pick_device, read_json, save, write_json)
 
 SIGNALS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
-           "dft-feature": ("feature", "feature")}                   # method: (lc, et)
+           "dft-feature": ("feature", "feature"), "qalign": ("none", "none")}   # method: (lc, et)
 
 
 # ------------------------------------------------------------------------------------ one run
@@ -64,6 +67,9 @@ def main(argv=None) -> None:
     args = parse(argv)
     config = Config.read(args.model)
     method = make_method(args, config)
+    if args.max_length > config.max_position_embeddings:
+        raise InputError(f"--max_length is {args.max_length}, but {args.model} has "
+                         f"{config.max_position_embeddings} positions")
     if args.dry_run:
         return print(plan(args, config, method))
     ranks = start(args)
@@ -73,8 +79,8 @@ def main(argv=None) -> None:
     if args.test:
         read_questions(args.test)               # a malformed test file should fail now
     tokenizer, result = Tokenizer(config), os.path.join(out, "model")
-    records, counts = read_records(args, method, tokenizer)
-    say(f"data      {args.data}: {counts}")
+    records, val, counts = read_records(args, method, tokenizer)
+    say(f"data      {args.data}: {counts}" + f"; {len(val):,} held out" * bool(val))
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
     architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
@@ -117,7 +123,7 @@ def main(argv=None) -> None:
     stop = []                                   # times of stop signals
     handle_signals(stop)
     try:
-        train(model, optimizer, records, progress, metrics, settings, ranks, stop)
+        train(model, optimizer, records, val, progress, metrics, settings, ranks, stop)
         if progress.step < steps:
             say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give "
                 f"the same command with --out {out}")
@@ -133,12 +139,11 @@ def main(argv=None) -> None:
     report(args, result, ranks)
 
 
-def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, settings,
+def train(model: DFT, optimizer, records: list, val: list, progress: "Progress", metrics, settings,
           ranks: "Ranks", stop: list) -> None:
     """The training loop, from progress.step to the last step or to a stop signal."""
-    method, steps, L = model.method, settings.steps, model.model.config.num_hidden_layers
+    method, steps = model.method, settings.steps
     per_epoch = steps_per_epoch(len(records), settings.batch_size)
-    idle = [Record([model.model.config.bos_token_id], [])]      # for ranks without records
     bar = tqdm(range(progress.step, steps), settings.method, total=steps, initial=progress.step,
                unit="step", disable=ranks.rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)
@@ -150,14 +155,9 @@ def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, s
         for group in optimizer.param_groups:
             group["lr"] = lr
 
-        # The records of this step, and of those the micro-batches of this rank. All ranks have
-        # equally many, as FSDP requires: one without records runs a token that has no loss.
+        # The records of this step, and of those the micro-batches of this rank.
         numbers = batch_of(step, len(records), settings.batch_size, settings.seed)
-        batch = [records[n] for n in numbers]
-        sizes = [lay_out([record], method, L).tokens for record in batch]
-        parts = micro_batches(sizes, settings.micro_batch_tokens, ranks.world)
-        batches = [lay_out([batch[n] for n in part] or idle, method, L)
-                   for part in parts[ranks.rank::ranks.world]]
+        batches = rank_batches([records[n] for n in numbers], model, settings, ranks)
 
         # What each loss is divided by: its tokens or pairs in the whole global batch.
         local = [sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
@@ -197,10 +197,13 @@ def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, s
                     tokens_per_s=round(tokens / seconds, 1), seconds=round(seconds, 4),
                     peak_mem_mib=peak_memory(ranks.device),
                     skipped=progress.step - progress.updates)
+        if val and (progress.step % settings.val_every == 0 or progress.step == steps):
+            line |= validate(model, val, settings, ranks)
         if metrics:
             metrics.write(json.dumps(line).encode() + b"\n")
             metrics.flush()
-            shown = {key: f"{line[key]:.3f}" for key in ("loss", *TERMS) if line[key] is not None}
+            shown = {key: f"{line[key]:.3f}" for key in ("loss", *TERMS, "val_loss")
+                     if line.get(key) is not None}
             bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_s']:,.0f}"}, refresh=False)
         if not finite:
             problem = f"step {progress.step}: loss or gradient not finite, {progress.bad} in a row"
@@ -217,6 +220,33 @@ def train(model: DFT, optimizer, records: list, progress: "Progress", metrics, s
             save_checkpoint(settings, model, optimizer, progress, ranks)
         if stopping:
             return
+
+
+def rank_batches(records: list, model: DFT, settings, ranks: "Ranks") -> list:
+    """The micro-batches of this rank. All ranks have equally many, as FSDP requires: one without
+    records runs a token that has no loss."""
+    method, config = model.method, model.model.config
+    L, idle = config.num_hidden_layers, [Record([config.bos_token_id], [])]
+    sizes = [lay_out([record], method, L).tokens for record in records]
+    parts = micro_batches(sizes, settings.micro_batch_tokens, ranks.world)[ranks.rank::ranks.world]
+    return [lay_out([records[n] for n in part] or idle, method, L) for part in parts]
+
+
+@torch.no_grad()
+def validate(model: DFT, val: list, settings, ranks: "Ranks") -> dict:
+    """{val_TERM: its mean over the held-out records, val_loss: their weighted sum}."""
+    sums, counts = dict.fromkeys(TERMS, 0.0), dict.fromkeys(TERMS, 0)
+    for b in rank_batches(val, model, settings, ranks):
+        for term, value in model(b).items():
+            sums[term] += value.item()
+            counts[term] += b.counts[term]
+    totals = ranks.total([*sums.values(), *counts.values()])
+    means, loss = {}, 0.0
+    for term, total, count in zip(TERMS, totals, totals[len(TERMS):]):
+        if count:
+            means[f"val_{term}"] = total / count
+            loss += model.method.weight(term) * total / count
+    return {"val_loss": loss, **means}
 
 
 # ------------------------------------------------------------------- equipment: ranks and model
@@ -283,6 +313,7 @@ def build(config: Config, method: Method, args, ranks: Ranks) -> DFT:
     with torch.device("meta"):
         model = DFT(Transformer(config), method)
     check_weights(model.model, args.model)      # before any memory is taken
+    freeze(model.model, args)
     model.model.compute_dtype = DTYPES[args.dtype]
     for layer in model.model.layers:
         layer.checkpointing = args.activation_checkpointing
@@ -302,10 +333,26 @@ def build(config: Config, method: Method, args, ranks: Ranks) -> DFT:
     return model
 
 
+def freeze(model: Transformer, args) -> None:
+    """Leave only the weights of --train_layers and --train_modules trainable."""
+    if args.train_layers is None and args.train_modules == "all":
+        return
+    L = model.config.num_hidden_layers
+    found = re.fullmatch(r"(\d+)-(\d+)", args.train_layers or f"1-{L}")
+    first, last = (int(n) for n in found.groups()) if found else (0, 0)
+    if not 1 <= first <= last <= L:
+        raise InputError(f"--train_layers is {args.train_layers}, expected A-B within 1-{L}")
+    module = {"all": "", "attention": ".self_attn.", "mlp": ".mlp."}[args.train_modules]
+    for name, p in model.named_parameters():
+        layer = int(name.split(".")[1]) + 1 if name.startswith("layers.") else 0
+        p.requires_grad_(first <= layer <= last and module in name)
+
+
 def make_optimizer(model: DFT, args) -> torch.optim.AdamW:
     """AdamW whose moments already exist, so that a checkpoint can be loaded into them."""
-    optimizer = torch.optim.AdamW(model.parameters(), weight_decay=args.weight_decay, fused=True)
-    for p in model.parameters():
+    trained = [p for p in model.parameters() if p.requires_grad]
+    optimizer = torch.optim.AdamW(trained, weight_decay=args.weight_decay, fused=True)
+    for p in trained:
         optimizer.state[p] = dict(step=torch.zeros((), device=p.device),
                                   exp_avg=torch.zeros_like(p), exp_avg_sq=torch.zeros_like(p))
     return optimizer
@@ -320,15 +367,27 @@ def learning_rate(step: int, steps: int, peak: float, warmup: float) -> float:
 
 
 def read_records(args, method: Method, tokenizer: Tokenizer):
-    """([Record], Counts) of the data of a run."""
-    side = "both" if method.signals() else "english" if args.method == "sft" else "target"
-    rows = read_parallel(args.data, args.data_en)
-    records, counts = make_records(rows, tokenizer, side, args.max_length,
-                                   "feature" in method.signals().values())
+    """(records to train on, held-out records, Counts of the former) of a run."""
+    side = {"sft": "english", "qalign": "translation"}.get(args.method, "target")
+    side = "both" if method.signals() else side
+    features = "feature" in method.signals().values()
+    rows, val_rows, val = read_parallel(args.data, args.data_en), [], []
+    if args.val:
+        val_rows = read_parallel(args.val)
+    elif args.val_share:
+        order = np.random.RandomState([args.seed, len(rows)]).permutation(len(rows))
+        size = max(1, round(args.val_share * len(rows)))
+        val_rows, rows = [rows[n] for n in order[:size]], [rows[n] for n in sorted(order[size:])]
+    if val_rows:
+        val, _ = make_records(val_rows, tokenizer, side, args.max_length, features)
+    records, counts = make_records(rows, tokenizer, side, args.max_length, features)
+    if args.english and side != "english":
+        records += english_records(rows, tokenizer, args.max_length, args.english, args.seed,
+                                   counts)
     if method.signals() and not counts.parallel:
         raise InputError(f"{args.data}: no record has the keys instruction_en and output_en, which "
                          f"--method {args.method} needs; give --data_en, or use --method tft")
-    return records, counts
+    return records, val, counts
 
 
 def read_layers(model: DFT, records: list):
@@ -372,6 +431,13 @@ def report(args, result: str, ranks: Ranks) -> None:
         dist.destroy_process_group()
     if ranks.rank > 0:
         return
+    with open(os.path.join(os.path.dirname(result), "metrics.jsonl")) as file:
+        lines = [json.loads(line) for line in file]
+    lines = [line for line in lines if "val_loss" in line]
+    if lines:
+        best = min(lines, key=lambda line: line["val_loss"])
+        say(f"val       the loss on held-out records was lowest at step {best['step']:,}: "
+            f"{best['val_loss']:.4f}")
     if args.test:
         table = compare({"before": args.model, "after": result}, args.test, ranks.device.type,
                         DTYPES[args.dtype])
@@ -384,9 +450,10 @@ def report(args, result: str, ranks: Ranks) -> None:
 # ---------------------------------------------------------------- equipment: the folder of a run
 
 # Settings that may change when a run is resumed: paths, and how the same result is computed.
-FREE = ("model", "data", "data_en", "test", "out", "epochs", "device", "ranks", "replicas",
-        "cpu_offload", "compile", "micro_batch_tokens", "activation_checkpointing", "max_bad_steps",
-        "save_every", "keep", "dry_run", "world_size", "gpu_memory", "peak_tflops", "mfu")
+FREE = ("model", "data", "data_en", "test", "val", "val_every", "out", "epochs", "device", "ranks",
+        "replicas", "cpu_offload", "compile", "micro_batch_tokens", "activation_checkpointing",
+        "max_bad_steps", "save_every", "keep", "dry_run", "world_size", "gpu_memory",
+        "peak_tflops", "mfu")
 
 
 @dataclasses.dataclass
@@ -449,7 +516,11 @@ def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: 
         os.stat(out)                            # an error if the folder of the run was removed
         shutil.rmtree(partial, ignore_errors=True)
     ranks.total([0])                            # wait for rank 0
-    dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=not ranks.group)
+    try:
+        dcp.save(tensors, storage_writer=writer, process_group=ranks.group, no_dist=not ranks.group)
+    except CheckpointException as error:        # on all ranks; the one that failed reports it
+        rank, (problem, _) = next(iter(error.failures.items()))
+        raise (problem if rank == ranks.rank else SystemExit(2)) from None
     if ranks.rank == 0:                         # all ranks have written by now
         state = dict(progress=vars(progress), settings=vars(settings), files=digests(partial))
         write_json(state, os.path.join(partial, "state.json"))
@@ -474,8 +545,8 @@ def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
         progress = Progress(**state["progress"])
-        for p in model.parameters():
-            optimizer.state[p]["step"].fill_(progress.updates)
+        for moments in optimizer.state.values():
+            moments["step"].fill_(progress.updates)
         say(f"resume    from {folder}, after step {progress.step:,}")
         return progress
     if found:
@@ -486,12 +557,13 @@ def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
 
 
 def checkpoint_tensors(model: DFT, optimizer) -> dict:
-    """{name: tensor} of all that a checkpoint holds: weights and AdamW's moments."""
+    """{name: tensor} of all that a checkpoint holds: trained weights and their moments in AdamW."""
     tensors = {}
     for name, p in model.named_parameters():
-        tensors[name] = p.detach()
-        for moment in ("exp_avg", "exp_avg_sq"):
-            tensors[f"{name}.{moment}"] = optimizer.state[p][moment]
+        if p in optimizer.state:
+            tensors[name] = p.detach()
+            for moment in ("exp_avg", "exp_avg_sq"):
+                tensors[f"{name}.{moment}"] = optimizer.state[p][moment]
     return tensors
 
 
@@ -525,7 +597,9 @@ def plan(args, config: Config, method: Method) -> str:
     n, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers[0]))
     i = method.lc_layer or max(1, round(L * 2 / 32))
     j = method.et_layer or max(1, round(L * 15 / 32))
-    records, counts = read_records(args, method, Tokenizer(config))
+    records, _, counts = read_records(args, method, Tokenizer(config))
+    freeze(model, args)
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = lay_out(records, dataclasses.replace(method, lc_layer=i, et_layer=j), L)
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
 
@@ -538,7 +612,7 @@ def plan(args, config: Config, method: Method) -> str:
     # Per GPU: weight, gradient and two moments in fp32; copies of the weights in use; 34 bytes per
     # token, layer and hidden unit (Korthikanti et al. 2022), 2 if recomputed; a chunk of logits.
     low = DTYPES[args.dtype].itemsize
-    states = 0 if args.cpu_offload else 16 * n * args.replicas / args.world_size
+    states = 0 if args.cpu_offload else (4 * n + 12 * trained) * args.replicas / args.world_size
     copies = low * (n if args.world_size == 1 else n - (L - 2) * layer)
     per_layer = 2 if args.activation_checkpointing else 34
     need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK
@@ -547,8 +621,8 @@ def plan(args, config: Config, method: Method) -> str:
             f"data      {counts}; {batch.tokens / len(records):.0f} tokens per record\n"
             f"time      {steps:,} steps, {flops:.2e} FLOPs: {minutes:,.1f} minutes on "
             f"{args.world_size} GPUs at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s\n"
-            f"disk      {12e-9 * n * (args.keep + 1):,.1f} GB of checkpoints, {low * n / 1e9:,.1f} "
-            "GB for the model\n"
+            f"disk      {12e-9 * trained * (args.keep + 1):,.1f} GB of checkpoints, "
+            f"{low * n / 1e9:,.1f} GB for the model\n"
             f"memory    {need / 1e9:,.1f} GB per GPU, {states / 1e9:,.1f} of them weights, "
             f"gradients and moments: {fits} in {args.gpu_memory:g} GB")
 
@@ -558,7 +632,8 @@ def plan(args, config: Config, method: Method) -> str:
 # Without --model the demo runs, with settings that suit 3M parameters and two minutes.
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
 DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.jsonl"),
-            test=os.path.join(HERE, "test.jsonl"), dtype="fp32", batch_size=32, lr=5e-4, epochs=5)
+            test=os.path.join(HERE, "test.jsonl"), dtype="fp32", batch_size=32, lr=5e-4, epochs=4,
+            english=1.0)
 
 
 def parse(argv=None) -> argparse.Namespace:
@@ -583,6 +658,11 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data_en", None, "English side of --data, joined by id or line by line", metavar="FILE")
     add("--test", None, "questions to answer before and after training", metavar="FILE")
     add("--max_length", 512, "longest sequence in tokens; longer answers are cut, and counted")
+    add("--english", 0.0, "share of the distinct English sides to train on as additional records, "
+        "which keeps the model's English")
+    add("--val", None, "held-out records, in the format of --data", metavar="FILE")
+    add("--val_share", 0.0, "share of the records to hold out, instead of --val")
+    add("--val_every", 100, "steps between losses on held-out records")
     parser.add_argument_group("method")
     kinds = ["none", "logits", "feature"]
     add("--method", "dft-logits", "what is supervised, see above", choices=SIGNALS)
@@ -597,6 +677,9 @@ def parse(argv=None) -> argparse.Namespace:
     add("--pool", "mean", "features: mean over tokens, or the last one", choices=["mean", "last"])
     add("--lens_norm", True, "logits: apply the final norm before the head at layers i and j")
     add("--english_grad", False, "features: train through the English side as well")
+    add("--train_layers", None, "train only the weights of layers A to B", metavar="A-B")
+    add("--train_modules", "all", "train only these weights of each layer",
+        choices=["all", "attention", "mlp"])
     parser.add_argument_group("optimization")
     add("--epochs", 3, "number of passes over the data")
     add("--steps", None, "number of steps, overrides --epochs", type=int)
@@ -641,15 +724,17 @@ def parse(argv=None) -> argparse.Namespace:
                 0 < value < math.inf or value == 0 and key in MAY_BE_0):
             least = "at least" if key in MAY_BE_0 else "more than"
             raise InputError(f"--{key} is {value}, expected {least} 0")
-    if args.warmup > 1:
-        raise InputError(f"--warmup is {args.warmup}, expected a share of the steps, 0 to 1")
+    for key in ("warmup", "english", "val_share"):
+        if getattr(args, key) > 1:
+            raise InputError(f"--{key} is {getattr(args, key)}, expected a share from 0 to 1")
     if args.dry_run and args.world_size % args.replicas:
         raise InputError(f"--world_size {args.world_size} is no multiple of --replicas")
     return args
 
 
 MAY_BE_0 = ("lc_weight", "et_weight", "warmup", "weight_decay", "seed", "save_every", "dry_run",
-            "lens_norm", "english_grad", "activation_checkpointing", "cpu_offload")
+            "lens_norm", "english_grad", "activation_checkpointing", "cpu_offload", "english",
+            "val_share")
 
 
 def make_method(args, config: Config) -> Method:
@@ -677,22 +762,25 @@ class Output:
         except OSError:
             self.stream = open(os.devnull, "w")
 
+    def flush(self):
+        """write() has done it."""
+
     def __getattr__(self, name):
         return getattr(self.stream, name)
 
 
 if __name__ == "__main__":
     warnings.filterwarnings("ignore", "torch.distributed is disabled")      # of a single process
-    sys.stdout.reconfigure(line_buffering=True)
+    sys.stdout, sys.stderr = Output(sys.stdout), Output(sys.stderr)
     try:
         main()
-    except (InputError, FloatingPointError, OSError, CheckpointException) as error:
-        if isinstance(error, CheckpointException):
-            error = next(iter(error.failures.values()))[0]      # what stopped the write
-        resume = "" if isinstance(error, InputError) else "; --out resumes from the last checkpoint"
-        print(f"error: {error}{resume}", file=sys.stderr)
+    except (InputError, FloatingPointError, OSError) as error:
+        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+            print(f"error: {error}", file=sys.stderr)       # the others are the same on all ranks
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except RuntimeError as error:
+        if "gloo" in str(error):
+            sys.exit(f"rank {os.environ['RANK']}: the connection to another rank is lost")
         if not (isinstance(error, torch.OutOfMemoryError) or "allocate memory" in str(error)):
             raise
         print(f"error: {error}; to need less memory: fewer --micro_batch_tokens, "
