@@ -1,11 +1,9 @@
 """data.py: rows of parallel text become records of token ids, and records become batches."""
-import gzip
 import hashlib
 import json
 import math
 import os
 import re
-import zlib
 from array import array
 from dataclasses import dataclass
 
@@ -62,8 +60,7 @@ class Counts:
     read: int = 0
     kept: int = 0
     parallel: int = 0       # of those kept: with an English side
-    target_only: int = 0    # of those kept: without one, although the method uses it
-    partial: int = 0        # of those target-only: with an English query or answer, not both
+    target_only: int = 0    # of those kept: without a whole one, although the method uses it
     cut: int = 0            # of those kept: with an end cut off at --max_length
     empty: int = 0          # dropped: no query or no answer
     long: int = 0           # dropped: the prompt leaves no room for an answer
@@ -72,8 +69,7 @@ class Counts:
 
     def __str__(self):
         joined = f", joined {self.joined}" if self.joined else ""
-        half = f" ({self.partial:,} with a query or an answer only)" if self.partial else ""
-        parts = [(self.parallel, "with an English side"), (self.target_only, f"without one{half}"),
+        parts = [(self.parallel, "with an English side"), (self.target_only, "without a whole one"),
                  (self.english, "English records added"), (self.cut, "cut at --max_length"),
                  (self.empty, "dropped: no query or no answer"),
                  (self.long, "dropped: prompt too long for --max_length")]
@@ -107,7 +103,6 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
             counts.empty += 1
             continue
         record = encode_side(target, tokenizer)
-        room = room_en = max_length - len(record.prompt)
         parallel = side == "both" and english is not None
         if parallel:
             other = encode_side(english, tokenizer)
@@ -115,7 +110,8 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
             record.answer_en = other.answer
             if english_prompt:
                 record.prompt_en, record.prompt_en_query = other.prompt, other.query
-                room_en = min(room, max_length - len(other.prompt))
+        room = max_length - len(record.prompt)
+        room_en = min(room, max_length - len(record.prompt_en or []))
         if room_en < 1:
             counts.long += 1
             continue
@@ -125,7 +121,6 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
             record.query_en, record.answer_en = record.query_en[:room], record.answer_en[:room_en]
         elif side == "both":
             counts.target_only += 1
-            counts.partial += any((row.get(f"{key}_en") or "").strip() for key in KEYS)
         counts.cut += whole != [record.answer, record.query_en, record.answer_en]
         counts.parallel += parallel
         records.append(record)
@@ -138,18 +133,17 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
 def english_records(rows: list, tokenizer: "Tokenizer", max_length: int, share: float, seed: int,
                     counts: Counts) -> list:
     """A share of the distinct English sides of rows, each as a record of its own."""
-    sides = {}
+    distinct, records = {}, []
     for where, row in rows:
         side = read_side(where, row, "_en")
         if side:
-            sides[tuple(side)] = None
+            distinct[tuple(side)] = None
+    sides = list(distinct)
     order = np.random.RandomState([seed, len(sides)]).permutation(len(sides))
-    chosen, records = set(order[:round(share * len(sides))].tolist()), []
-    for n, side in enumerate(sides):
-        if n in chosen:
-            record = encode_side(side, tokenizer)
-            record.answer = record.answer[:max(0, max_length - len(record.prompt))]
-            records += [record] if record.answer else []
+    for n in sorted(order[:round(share * len(sides))]):
+        record = encode_side(sides[n], tokenizer)
+        record.answer = record.answer[:max(0, max_length - len(record.prompt))]
+        records += [record] if record.answer else []
     counts.english = len(records)
     return records
 
@@ -163,8 +157,7 @@ def read_side(where: str, row: dict, suffix: str) -> list | None:
     """[instruction, input, output] of a row, with suffix "_en" its English side; None without a
     query (instruction or input) or an output. Missing, null and blank are the same, but the
     instruction and output of the target side must be text."""
-    optional = {"instruction": bool(suffix), "input": True, "output": bool(suffix)}
-    texts = [text_of(where, row, key + suffix, optional[key]) for key in KEYS]
+    texts = [text_of(where, row, key + suffix, bool(suffix) or key == "input") for key in KEYS]
     return texts if (texts[0] + texts[1]).strip() and texts[2].strip() else None
 
 
@@ -225,37 +218,33 @@ def micro_batches(sizes: list, budget: int, ranks: int) -> list:
 # ------------------------------------------------------- equipment, to the end: reading the files
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file, or of a gzipped one named .gz."""
+    """The text of a UTF-8 file, with its line ends as they are."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(path, "rb") as file:
-            return file.read().decode("utf-8-sig")
+        with open(path, encoding="utf-8-sig", newline="") as file:
+            return file.read()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
-    except (UnicodeDecodeError, EOFError, zlib.error) as error:
+        raise InputError(f"{path}: {error.strerror}; expected a text file") from None
+    except UnicodeDecodeError as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
 
 
 def read_rows(path: str) -> list:
     """A JSONL file or a JSON array of objects -> [(where, object)]: file:line or file[index]."""
-    text, where, rows = read_text(path), path, []
-    try:
-        if text.lstrip()[:1] == "[":
-            values = json.loads(text, object_pairs_hook=to_dict)
-            rows = [(f"{path}[{n}]", value) for n, value in enumerate(values)]
-        elif text.lstrip()[:1] in ("{", ""):
-            for n, line in enumerate(text.split("\n"), 1):      # splitlines() also splits at U+2028
-                where = f"{path}:{n}"
-                if line.strip():
-                    rows.append((where, json.loads(line, object_pairs_hook=to_dict)))
-        else:
-            raise InputError(f"{path}: begins with {text[:30]!r}; JSONL or a JSON array is read. To"
-                             ' convert CSV: python -c "import csv, json, sys; [print(json.dumps(r))'
-                             ' for r in csv.DictReader(sys.stdin)]" < FILE.csv > FILE.jsonl')
-    except ValueError as error:
-        raise InputError(f"{where}: malformed JSON: {error}") from None
-    for where, row in rows:
-        if not isinstance(row, dict):
-            raise InputError(f"{where}: found a {type(row).__name__}, expected an object")
+    text, rows = read_text(path), []
+    array = text.lstrip()[:1] == "["
+    for n, line in enumerate([text] if array else text.split("\n"), 1):    # not at U+2028
+        if not line.strip():
+            continue
+        try:
+            value = json.loads(line, object_pairs_hook=to_dict)
+        except ValueError as error:
+            raise InputError(f"{path}:{n}: malformed JSON: {error}; expected JSONL or a JSON array "
+                             "(convert CSV to JSONL)") from None
+        for m, row in enumerate(value if array else [value]):
+            where = f"{path}[{m}]" if array else f"{path}:{n}"
+            if not isinstance(row, dict):
+                raise InputError(f"{where}: found a {type(row).__name__}, expected an object")
+            rows.append((where, row))
     if not rows:
         raise InputError(f"{path}: no records in it")
     return rows
@@ -274,50 +263,39 @@ def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
     value = "" if optional and row.get(key) is None else row.get(key)
     if not isinstance(value, str) or value.encode("utf-8", "ignore").decode() != value:
         found = json.dumps(value)[:40] if key in row else "missing"
-        chat = "conversations" in row or "messages" in row
+        chat = {"conversations", "messages"} & row.keys()
         hint = " (a chat record: convert each question and its answer)" if chat else ""
-        keys = ", ".join(row)
-        raise InputError(f"{where}: {key!r} is {found}, expected text; keys: {keys}{hint}")
+        keys = ", ".join(row) + hint
+        raise InputError(f"{where}: {key!r} is {found}, expected text; keys: {keys}")
     return value
 
 
 def read_parallel(path: str, path_en: str | None = None) -> list:
     """Rows of one parallel file, or of a target-language file joined with an English one: by id
     if all rows of both have one, by position if none has. The rows get a key "joined": how."""
+    rows = read_rows(path)
     if path_en is None:
-        return read_rows(path)
-    index, index_en = index_rows(read_rows(path)), index_rows(read_rows(path_en))
-    rows = [*index.items(), *index_en.items()]
-    without = [where for key, (where, _) in rows if isinstance(key, int)]
-    if 0 < len(without) < len(rows):
-        raise InputError(f"{without[0]}: no id, but other rows have one; expected ids in all rows "
-                         f"of {path} and {path_en}, or in none, to join by position")
-    if without and len(index) != len(index_en):
-        raise InputError(f"{path} has {len(index)} rows, {path_en} has {len(index_en)}: without "
-                         "ids they are joined by position and must have equally many")
-    joined = []
-    for key, (where, row) in index.items():
-        if key not in index_en:
+        return rows
+    rows_en, index, joined = read_rows(path_en), {}, []
+    without = [where for where, row in rows + rows_en if row.get("id") is None]
+    if without and not len(without) == 2 * len(rows) == 2 * len(rows_en):
+        raise InputError(f"{without[0]}: no id; expected ids in all rows of {path} ({len(rows)}) "
+                         f"and {path_en} ({len(rows_en)}), or in none and equally many rows")
+    for n, (where, row) in enumerate(rows_en):
+        key = n if without else str(row["id"])                      # 7 and "7" are the same id
+        if key in index:
+            raise InputError(f"{where}: id {key!r} occurs twice, first at {index[key][0]}")
+        index[key] = where, row
+    for n, (where, row) in enumerate(rows):
+        key = n if without else str(row["id"])
+        if key not in index:
             raise InputError(f"{where}: no row of {path_en} has its id, {key!r}")
-        where_en, row_en = index_en[key]
+        where_en, row_en = index[key]
         row = {**row, "joined": "by position" if without else "by id"}
         for name in KEYS:
             row[f"{name}_en"] = text_of(where_en, row_en, name, optional=True)
         joined.append((where, row))
     return joined
-
-
-def index_rows(rows: list) -> dict:
-    """{id: (where, row)}; the id as text, so that 7 is "7"; a row without one has its position."""
-    index = {}
-    for n, (where, row) in enumerate(rows):
-        value = row.get("id")
-        if isinstance(value, (bool, float, list, dict)):
-            raise InputError(f"{where}: id is {json.dumps(value)}, expected a whole number or text")
-        first, _ = index.setdefault(n if value is None else str(value), (where, row))
-        if first != where:
-            raise InputError(f"{where}: id {value!r} occurs twice, first at {first}")
-    return index
 
 
 # How a byte-level BPE splits a text into words. SmolLM2 splits off every digit before that.
@@ -335,6 +313,7 @@ class Tokenizer:
     def __init__(self, config: Config):
         folder, self.bpe, self.gemma = config.folder, None, False
         path, spec = f"{folder}/tokenizer.model", optional_json(folder, "tokenizer.json")
+        settings = optional_json(folder, "tokenizer_config.json")
         if os.path.exists(path):
             try:
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
@@ -346,15 +325,17 @@ class Tokenizer:
             self.bpe, self.known, self.size = read_bpe(spec, folder)
         else:
             raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
-        for text in added_tokens(folder, spec):
-            if not self.gemma or self.sp[text] == self.sp.unk_id():     # Gemma's model has its own
+        added = settings.get("added_tokens_decoder", {}).values()
+        for token in [*added, *spec.get("added_tokens", [])]:   # transformers finds them in a text
+            text = token["content"]                             # first; Gemma's model has its own
+            if not token["special"] and not (self.gemma and self.sp[text] != self.sp.unk_id()):
                 raise InputError(f"{folder}: the tokenizer has an added token, {text!r}, which is "
                                  "not supported; use the tokenizer of the base model")
         if not self.size <= config.vocab_size <= self.size + 1024:      # it may have spare rows
             raise InputError(f"{folder}: the tokenizer has {self.size} ids, but vocab_size in "
                              f"config.json is {config.vocab_size}: they do not belong together")
         self.bos_id, self.eos_id = config.bos_token_id, config.eos_ids[0]
-        self.bos = [self.bos_id] if adds_bos(folder, spec) else []
+        self.bos = [self.bos_id] if adds_bos(spec, settings) else []
 
     def encode(self, texts: list) -> list:
         """Texts -> a list of ids each, without BOS and EOS."""
@@ -381,22 +362,11 @@ def optional_json(folder: str, name: str) -> dict:
     return read_json(path) if os.path.exists(path) else {}
 
 
-def added_tokens(folder: str, spec: dict) -> list:
-    """The texts of added tokens that are not special: transformers finds them in a text first."""
-    named = json.dumps(optional_json(folder, "special_tokens_map.json"))
-    added = optional_json(folder, "added_tokens.json")
-    special = {text: json.dumps(text) in named for text in added}
-    settings = optional_json(folder, "tokenizer_config.json").get("added_tokens_decoder", {})
-    for token in [*settings.values(), *spec.get("added_tokens", [])]:
-        special[token["content"]] = token["special"]
-    return [text for text in special if not special[text]]
-
-
-def adds_bos(folder: str, spec: dict) -> bool:
+def adds_bos(spec: dict, settings: dict) -> bool:
     """Whether BOS comes before a text: as in transformers 5, the post_processor of tokenizer.json
     decides, without that file add_bos_token in tokenizer_config.json."""
     if not spec:
-        return optional_json(folder, "tokenizer_config.json").get("add_bos_token", True)
+        return settings.get("add_bos_token", True)
     post = spec.get("post_processor") or {}
     templates = [step.get("single") for step in post.get("processors", [post])]
     return any(template and "SpecialToken" in template[0] for template in templates)
@@ -407,16 +377,14 @@ def read_bpe(spec: dict, folder: str):
     try:
         vocab, pre = spec["model"]["vocab"], spec["pre_tokenizer"]
         steps = pre.get("pretokenizers", [pre])
-        kinds = [step["type"] for step in steps]
-        words = {"ByteLevel": GPT2_WORDS, "Digits ByteLevel": GPT2_DIGITS}.get(" ".join(kinds))
-        if kinds == ["Split", "ByteLevel"]:                     # LLaMA-3
+        kinds = " ".join(step["type"] for step in steps)
+        words = {"ByteLevel": GPT2_WORDS, "Digits ByteLevel": GPT2_DIGITS}.get(kinds)
+        if kinds == "Split ByteLevel":                          # LLaMA-3
             words = steps[0]["pattern"]["Regex"]
         merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
         tokens = ["".join(merge) for merge in merges]
         ids = [vocab[token] for token in tokens]
         if (not words or spec["normalizer"] or steps[-1]["add_prefix_space"] or ids != sorted(ids)
-                or steps[-1]["use_regex"] == (kinds[0] == "Split")
-                or not steps[0].get("individual_digits", True)
                 or len(set(vocab.values())) < len(vocab)):
             raise ValueError(f"pre_tokenizer {kinds}, a normalizer, or other ids or merges")
     except (KeyError, TypeError, ValueError, AttributeError) as error:

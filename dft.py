@@ -12,8 +12,7 @@ thinking in English ends:
     L_LC feature = 1 - cos(h_i of the English query, h_i of the target-language query)        (5)
     L_ET feature = 1 - cos(h_L of the English answer, h_j of the target-language answer)      (6)
 
-(The numbers are this file's.) W_out is the head; (3) and (4) use it but do not train it. Where the
-paper leaves a choice, the fields of Method name ours.
+(The numbers are this file's.) W_out is the head; (3) and (4) use it but do not train it.
 
 One forward pass computes (2), (3) and (4). A record is one row: the prompt P and three segments
 that each continue P and do not see each other. A segment is dropped after it is scored:
@@ -65,8 +64,7 @@ class Method:
 
     def __post_init__(self):
         if len(self.signals()) == 2 and self.et_layer and self.lc_layer > self.et_layer:
-            raise InputError(f"lc_layer {self.lc_layer} is above et_layer {self.et_layer}; "
-                             "expected language conversion to end first")
+            raise InputError(f"lc_layer {self.lc_layer} is above et_layer {self.et_layer}")
 
     def signals(self) -> dict:
         """{"lc" or "et": its signal} of the inner losses in use."""
@@ -100,28 +98,27 @@ def lay_out(records: list, method: Method, L: int) -> Batch:
     for record in records:
         prompt = packed.add(record.prompt, depth=L)
         answer = packed.add(record.answer, depth=L, after=prompt)
-        losses["tft"].append((predictors(prompt, answer), record.answer))
+        # The state of a token predicts the next one.
+        losses["tft"].append(([index - 1 for index in answer], record.answer))
         if record.query_en is None:
             continue
         query = prompt[slice(*record.query)]        # the query without its template
         if "feature" in signals.values():
             depth = L if method.et == "feature" else method.lc_layer
             prompt_en = english.add(record.prompt_en, depth)
+            parallel = {"lc": prompt_en[slice(*record.prompt_en_query)]}
         if method.et == "feature":
-            answer_en = english.add(record.answer_en, depth, after=prompt_en)
-            losses["et"].append((answer, answer_en))
-        elif method.et == "logits" and method.align == "branch":
-            segment = packed.add(record.answer_en, method.et_layer, after=prompt)           # Y
-            losses["et"].append((predictors(prompt, segment), record.answer_en))
-        elif method.et == "logits":
-            losses["et"].append(up_to_shorter(predictors(prompt, answer), record.answer_en))
-        if method.lc == "feature":
-            losses["lc"].append((query, prompt_en[slice(*record.prompt_en_query)]))
-        elif method.lc == "logits" and method.align == "branch":
-            segment = packed.add(record.query_en, method.lc_layer, after=prompt)            # X
-            losses["lc"].append((predictors(prompt, segment), record.query_en))
-        elif method.lc == "logits":
-            losses["lc"].append(up_to_shorter([t - 1 for t in query], record.query_en))
+            parallel["et"] = english.add(record.answer_en, depth, after=prompt_en)
+        for term, ours, ids in (("et", answer, record.answer_en), ("lc", query, record.query_en)):
+            signal = signals.get(term)
+            if signal == "feature":
+                losses[term].append((ours, parallel[term]))
+            elif signal == "logits" and method.align == "branch":       # the segments Y and X
+                segment = packed.add(ids, method.layer(term), after=prompt)
+                losses[term].append(([prompt[-1], *segment][:len(ids)], ids))
+            elif signal == "logits":
+                n = min(len(ours), len(ids))
+                losses[term].append(([index - 1 for index in ours[:n]], ids[:n]))
     if "feature" in signals.values() and not len(english):
         english.add(records[0].prompt[:1], depth=L)     # FSDP: each rank makes an English pass
     counts = {}
@@ -129,17 +126,6 @@ def lay_out(records: list, method: Method, L: int) -> Batch:
         is_feature = signals.get(term) == "feature"
         counts[term] = len(pairs) if is_feature else sum(len(ids) for _, ids in pairs)
     return Batch(packed, english, losses, counts, len(packed) + len(english))
-
-
-def predictors(prompt: range, segment: range) -> list:
-    """The indices whose states predict a segment after the prompt: each the token before."""
-    return [prompt[-1], *segment][:len(segment)]
-
-
-def up_to_shorter(indices: list, ids: list):
-    """(indices, ids), both cut to the length of the shorter."""
-    n = min(len(indices), len(ids))
-    return indices[:n], ids[:n]
 
 
 # ---------------------------------------------------------------------------------- the losses
@@ -164,25 +150,24 @@ class DFT(nn.Module):
         signals = method.signals()
         h = self.model(batch.packed, (L, *(method.layer(term) for term in signals)))
         if len(batch.english):
-            layers = [{"lc": method.lc_layer, "et": L}[term] for term in signals
-                      if signals[term] == "feature"]
+            layers_en = {"lc": method.lc_layer, "et": L}
+            used = tuple(layers_en[term] for term in signals if signals[term] == "feature")
             with torch.set_grad_enabled(method.english_grad and torch.is_grad_enabled()):
-                h_en = self.model(batch.english, tuple(layers))
+                h_en = self.model(batch.english, used)
         sums = {"tft": self.predict(h[L], L, batch, "tft")}                                 # (2)
         for term, signal in signals.items():
             layer = method.layer(term)
             if signal == "logits":
                 sums[term] = self.predict(h[layer], layer, batch, term)                # (3), (4)
-            else:
-                ours = [indices for indices, _ in batch.losses[term]]
-                english = [indices for _, indices in batch.losses[term]]
-                layer_en = L if term == "et" else layer
-                x_en = h_en[layer_en]
-                if term == "et":                # h_L as transformers returns it: after the norm
-                    x_en = self.model.norm(x_en, frozen=True)
-                a = pool(x_en, batch.english, layer_en, english, method.pool)       # (pairs, D)
-                b = pool(h[layer], batch.packed, layer, ours, method.pool)          # (pairs, D)
-                sums[term] = (1 - F.cosine_similarity(a, b, dim=-1)).sum()             # (5), (6)
+                continue
+            x_en = h_en[layers_en[term]]
+            if term == "et":                    # h_L as transformers returns it: after the norm
+                x_en = self.model.norm(x_en, frozen=True)
+            ours = [indices for indices, _ in batch.losses[term]]
+            english = [indices for _, indices in batch.losses[term]]
+            a = pool(x_en, batch.english, layers_en[term], english, method.pool)   # (pairs, D)
+            b = pool(h[layer], batch.packed, layer, ours, method.pool)              # (pairs, D)
+            sums[term] = (1 - F.cosine_similarity(a, b, dim=-1)).sum()                 # (5), (6)
         return sums
 
     def predict(self, x, layer: int, batch: Batch, term: str):
@@ -191,8 +176,7 @@ class DFT(nn.Module):
         for one_indices, one_ids in batch.losses[term]:
             indices += one_indices
             ids += one_ids
-        index = batch.packed.index(indices, layer).to(x.device)
-        x = x.index_select(0, index)                                                # (n, D)
+        x = x.index_select(0, batch.packed.index(indices, layer).to(x.device))      # (n, D)
         inner = term != "tft"
         if self.method.lens_norm or not inner:
             x = self.model.norm(x, frozen=inner)
@@ -211,8 +195,7 @@ def pool(x, packed: Packed, layer: int, texts: list, how: str = "mean"):
     for n, one in enumerate(texts):
         indices += one
         text += [n] * len(one)
-    index = packed.index(indices, layer).to(x.device)
-    states = x.index_select(0, index).float()                                       # (n, D)
+    states = x.index_select(0, packed.index(indices, layer).to(x.device)).float()   # (n, D)
     count = torch.tensor([len(one) for one in texts], device=x.device)[:, None]      # (texts, 1)
     total = states.new_zeros(len(texts), x.shape[1])
     return total.index_add(0, torch.tensor(text, dtype=torch.long, device=x.device), states) / count
@@ -313,6 +296,5 @@ def choose_layers(entropy: list):
     if len(drops) >= 2:
         (a, i), (b, c) = drops[:2]
         return i, b - 1, f"the entropy falls in layers {a}-{i} and again in {b}-{c}"
-    return (max(1, round(2 / 32 * L)), max(1, round(15 / 32 * L)),
-            f"the entropy has {len(drops)} clear drops on this model instead of two: these are the "
-            "paper's shares of the depth, 2/32 and 15/32")
+    why = f"the entropy has {len(drops)} clear drops, not two; the paper's 2/32 and 15/32 of L"
+    return max(1, round(2 / 32 * L)), max(1, round(15 / 32 * L)), why

@@ -5,19 +5,17 @@
     python eval.py --model DIR --data demo/test.jsonl                       exact match by language
     python eval.py --model DIR --task xcopa --lang zh --data test.zh.jsonl  a benchmark
     python eval.py --model A B --task xcopa.zh=FILE xnli.zh=FILE            several, in one table
-    torchrun --nproc_per_node 8 eval.py --model DIR --task xnli.zh=FILE     on 8 GPUs
     python eval.py --model BEFORE AFTER --task lens --data zh.jsonl --out lens.json
 
 xnli xcopa xstorycloze truthfulqa mmlu: which choice is the most likely. xquad mlqa mkqa flores:
 the model writes one line. Files are the official ones, or JSONL with the Hugging Face hub's keys.
 Prompts and scores are those of lm-evaluation-harness 0.4.13, its mistakes included, so that numbers
-compare (tests/agree.py); MKQA's are its authors', FLORES' (--lang en-zh ...) sacrebleu's.
-Any other benchmark: lm_eval --model hf --model_args pretrained=DIR
+compare (tests/agree.py); MKQA's are its authors', FLORES' (--lang en-zh --data ZH --data_en EN)
+those of sacrebleu. Any other benchmark: lm_eval --model hf --model_args pretrained=DIR
 """
 import argparse
 import csv
 import glob
-import importlib.util
 import io
 import json
 import math
@@ -37,29 +35,22 @@ from data import (Tokenizer, chat_template, make_records, prompt_text, read_para
                   read_text, text_of)
 from dft import choose_layers, lens
 from model import (DTYPES, Config, InputError, Packed, decode, generate, load, pick_device,
-                   read_json, write_json)
+                   write_json)
 
-RANK, WORLD = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))     # torchrun's
-
-
-# ------------------------------------------------------------------------------------- the model
 
 class Subject:
     """A model under evaluation. bos and template "auto": as its folder says; a question is put into
     the Alpaca template if the folder's chat template is exactly the one that train.py exports."""
 
     def __init__(self, folder, dtype, device, bos="auto", template="auto"):
-        config, found = Config.read(folder), None
+        config, template_file = Config.read(folder), f"{folder}/chat_template.jinja"
         if bos == "never" and config.gemma:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
         bos_id = [self.tokenizer.bos_id]
         self.bos = {"auto": self.tokenizer.bos, "always": bos_id, "never": []}[bos]
-        if os.path.exists(f"{folder}/chat_template.jinja"):
-            found = read_text(f"{folder}/chat_template.jinja")
-        elif os.path.exists(f"{folder}/tokenizer_config.json"):
-            found = read_json(f"{folder}/tokenizer_config.json").get("chat_template")
-        exported = found in (chat_template(True), chat_template(False))
+        exported = os.path.exists(template_file) and read_text(template_file) in (
+            chat_template(True), chat_template(False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)
 
@@ -74,9 +65,7 @@ class Subject:
         """Greedy continuations. A prompt that leaves no room for one loses its beginning."""
         positions, last = self.model.config.max_position_embeddings, ()
         new = min(max_new_tokens, positions // 2)
-        whole = self.encode(prompts)
-        ids = [prompt[new - positions:] for prompt in whole]
-        tell_cut(whole, ids)
+        ids = cut(self.encode(prompts), [positions - new] * len(prompts))
         if one_line:                                    # ends after a token that holds a line end
             last = [n for n in range(self.tokenizer.size) if "\n" in self.tokenizer.decode([n])]
         texts = [""] * len(ids)
@@ -100,23 +89,24 @@ class Subject:
     def chat(self, max_new_tokens: int) -> None:
         """Answer every line typed, until ^D. A prompt that fails does not end the chat."""
         import readline  # noqa: F401  (input() then understands the arrow keys)
-        form = "in the Alpaca template" if self.alpaca else "as plain text, without a template"
+        form = "in the Alpaca template" if self.alpaca else "without a template"
         print(f"{self.folder} gets prompts {form}. One a line; ^D ends.", file=sys.stderr)
         while True:
             try:
                 self.stream(input("> " if sys.stdin.isatty() else ""), max_new_tokens)
-            except EOFError:
+            except (EOFError, KeyboardInterrupt):
                 return
             except (InputError, ValueError) as error:
                 print(f"error: {error}", file=sys.stderr)
 
 
-def tell_cut(whole: list, kept: list) -> None:
-    """Say how many prompts did not fit the model's positions."""
-    cut = sum(len(a) > len(b) for a, b in zip(whole, kept))
-    if cut and RANK == 0:
-        print(f"note: {cut} of {len(whole)} prompts do not fit the model's positions; their "
+def cut(prompts: list, rooms: list) -> list:
+    """The last ids of each prompt, as many as its room; says how many were longer."""
+    longer = sum(len(ids) > room for ids, room in zip(prompts, rooms))
+    if longer:
+        print(f"note: {longer} of {len(prompts)} prompts do not fit the model's positions; their "
               "beginnings are cut", file=sys.stderr)
+    return [ids[-room:] for ids, room in zip(prompts, rooms)]
 
 
 def batches(title: str, sizes: list, budget: int):
@@ -128,46 +118,41 @@ def batches(title: str, sizes: list, budget: int):
             groups.append([])
             total = sizes[n]
         groups[-1].append(n)
-    return tqdm(groups, title, leave=False, disable=RANK > 0 or len(groups) < 2)
+    return tqdm(groups, title, leave=False, disable=len(groups) < 2)
 
 
 @torch.no_grad()
-def log_likelihoods(subject: Subject, items: list, budget: int = 4096) -> list:
+def log_likelihoods(subject: Subject, items: list, budget: int = 2048) -> list:
     """[log P(choice | context) of each choice], in nats, for each item. Context and choice are
     encoded as one text; the choice is what follows after as many tokens as the context has by
     itself. A context that is too long loses its beginning."""
-    model, whole, contexts, choices, scores, sizes = subject.model, [], [], [], [], []
-    L, room = model.config.num_hidden_layers, model.config.max_position_embeddings + 1
+    model, contexts, rooms, choices, scores = subject.model, [], [], [], {}
+    L, positions = model.config.num_hidden_layers, model.config.max_position_embeddings
     for item in items:
         context = item.context.rstrip()                     # spaces at its end begin the choice
         ids, *both = subject.tokenizer.encode([context, *(item.context + c for c in item.choices)])
-        choices.append([tuple(joint[len(ids):]) for joint in both])
-        scores.append(dict.fromkeys(choices[-1]))           # equal choices are scored once
-        whole.append(subject.encode([context])[0])
-        contexts.append(whole[-1][-max(1, room - max(map(len, choices[-1]))):])
-        sizes.append(len(contexts[-1]) + sum(map(len, scores[-1])))
-    tell_cut(whole, contexts)
+        choices.append([joint[len(ids):] for joint in both])
+        contexts += subject.encode([context])
+        longest = max(map(len, choices[-1])) - 1            # its last id is predicted, not read
+        rooms.append(max(1, positions - longest))
+    contexts = cut(contexts, rooms)
+    sizes = [len(ids) + sum(map(len, own)) for ids, own in zip(contexts, choices)]
     for batch in batches("scoring", sizes, budget):
-        packed, indices, targets, numbers, keys, logp = Packed(), [], [], [], [], []
+        packed, indices, targets, lengths = Packed(), [], [], []
         for n in batch:
             prompt = packed.add(contexts[n], L)             # each choice is a branch of this row
-            for choice in scores[n]:
-                continued = packed.add(list(choice[:-1]), L, after=prompt)
+            for choice in choices[n]:
+                continued = packed.add(choice[:-1], L, after=prompt)
                 indices += [prompt[-1], *continued][:len(choice)]       # each predicts the next id
                 targets += choice
-                numbers += [len(keys)] * len(choice)
-                keys.append((n, choice))
+                lengths.append(len(choice))
         x = model(packed, (L,))[L]
-        for part, ids in zip(torch.tensor(indices).split(256), torch.tensor(targets).split(256)):
-            logits = model.logits(x[part.to(x.device)])                         # (<= 256, V)
-            logp.append(logits.log_softmax(-1).cpu().gather(1, ids[:, None])[:, 0])
-        sums = torch.zeros(len(keys)).index_add(0, torch.tensor(numbers), torch.cat(logp))
-        for (n, choice), total in zip(keys, sums.tolist()):
-            scores[n][choice] = total
-    out = []
-    for found, own in zip(scores, choices):
-        out.append([found[choice] for choice in own])
-    return out
+        logp = model.logits(x[indices]).log_softmax(-1)                     # (len(targets), V)
+        chosen = logp[range(len(targets)), targets].cpu().split(lengths)    # by choice
+        sums = iter([own.sum().item() for own in chosen])
+        for n in batch:
+            scores[n] = [next(sums) for _ in choices[n]]
+    return [scores[n] for n in range(len(items))]
 
 
 # ----------------------------------------------------------------------------------- exact match
@@ -195,9 +180,13 @@ def compare(folders: dict, path: str, device: str, dtype, bos="auto") -> str:
     equal the right one, but for spaces around it; and the share in the language of the question. An
     answer whose words are all in the right one counts as that, too ("Euro" in Vietnamese)."""
     questions = read_questions(path)
-    exact, written = {lang: [] for lang in questions}, {lang: [] for lang in questions}
-    for folder in folders.values():
+    head, rows = ["language", "questions"], {}
+    for lang in sorted(questions, key=lambda lang: (lang == "en", lang)):
+        name = "en (retention)" if lang == "en" and len(folders) > 1 else lang
+        rows[lang] = [name, len(questions[lang])]
+    for title, folder in folders.items():
         subject = Subject(folder, dtype, device, bos)
+        head += [title, f"{title}, in the language"]
         for lang, items in questions.items():
             right = own = 0
             for item, text in zip(items, subject.complete([item.context for item in items], 64)):
@@ -205,14 +194,9 @@ def compare(folders: dict, path: str, device: str, dtype, bos="auto") -> str:
                 right += text.strip() == item.gold
                 own += bool(words) and (written_in(lang, text) or
                                         words <= set(item.gold.lower().split()))
-            exact[lang].append(f"{right / len(items):.1%}")
-            written[lang].append(f"{own / len(items):.1%}" if lang in NAMES else "not judged")
-    rows = []
-    for lang in sorted(questions, key=lambda lang: (lang == "en", lang)):
-        name = "en (retention)" if lang == "en" and len(folders) > 1 else lang
-        rows.append([name, len(questions[lang]), *exact[lang], *written[lang]])
-    in_language = [f"{title}, in the language" for title in folders]
-    return markdown(["language", "questions", *folders, *in_language], rows)
+            shares = [f"{right / len(items):.1%}", f"{own / len(items):.1%}"]
+            rows[lang] += shares if lang in NAMES else [shares[0], "not judged"]
+    return markdown(head, list(rows.values()))
 
 
 def written_in(lang: str, text: str) -> bool:
@@ -231,62 +215,6 @@ def markdown(head: list, rows: list) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-# ------------------------------------------------------------------------------------ benchmarks
-
-@dataclass
-class Task:
-    """A benchmark. Its prompts are in make_item(), its scores in score() and summary()."""
-    choices: bool               # whether the most likely choice is taken; else the model writes
-    split: str
-    published: dict             # {language: number of items in that split, None: unknown}
-    normaliser: str | None = None
-
-
-def run_test(subject: Subject, test: dict, items: list) -> tuple:
-    """({metric: {mean, stderr, n}}, a dict for each item) of what read_test() returned. Under
-    torchrun, a rank takes every WORLD-th item."""
-    task, mine, own = TASKS[test["task"]], items[RANK::WORLD], []
-    prompts = [item.context for item in mine]
-    if task.choices:
-        key, answers = "loglikelihoods", log_likelihoods(subject, mine)
-    else:
-        prompts = [subject.prompt(prompt) for prompt in prompts]
-        key, answers = "text", subject.complete(prompts, 256, one_line=True)
-    for item, prompt, answer in zip(mine, prompts, answers):
-        own.append({"prompt": prompt, "choices": item.choices, key: answer, "gold": item.gold,
-                    **score(test["task"], test["lang"], item, answer)})
-    parts = [own] * WORLD
-    if WORLD > 1:
-        torch.distributed.all_gather_object(parts, own)
-    lines = [parts[n % WORLD][n // WORLD] for n in range(len(items))]
-    return summary(test["task"], test["lang"], lines), lines
-
-
-def summary(task: str, lang: str, lines: list) -> dict:
-    """{metric: {mean, stderr, n}} over the items that have a value; and scores of the whole."""
-    out, n = {}, len(lines)
-    for key in lines[0]:
-        values = [line[key] for line in lines if isinstance(line[key], float)]
-        if values:
-            spread = statistics.stdev(values) if len(values) > 1 else 0.0
-            mean, stderr = statistics.fmean(values), spread / math.sqrt(len(values))
-            out[key] = dict(mean=mean, stderr=stderr, n=len(values))
-    if task == "mkqa":         # as its authors' script, given no probabilities of "no answer"
-        total = best = sum(not any(line["gold"]) for line in lines)     # if it answered nothing
-        for line in lines:
-            total += line["f1"] if any(line["gold"]) else -float(line["text"] != "")
-            best = max(best, total)
-        out["best_f1"] = dict(mean=best / n, n=n)
-    if task == "flores":
-        import sacrebleu
-        texts, gold = [line["text"].strip() for line in lines], [line["gold"][0] for line in lines]
-        split = "zh" if lang.endswith("zh") else "13a"             # 13a does not split Chinese
-        bleu = sacrebleu.corpus_bleu(texts, [gold], tokenize=split).score / 100
-        out["chrf"] = dict(mean=sacrebleu.corpus_chrf(texts, [gold]).score / 100, n=n)
-        out["bleu"] = dict(mean=bleu, n=n, tokenizer=split)
-    return out
-
-
 # ------------------------------------------------------------------------------------ the layers
 
 def lens_numbers(subject: Subject, args) -> dict:
@@ -297,45 +225,42 @@ def lens_numbers(subject: Subject, args) -> dict:
             if "output_en" in row and args.lang in (None, row.get("lang"))][:args.limit or 32]
     if not rows:
         raise InputError(f"{args.data}: no record with an English side (and lang {args.lang})")
-    model, curves = subject.model, {"entropy": [], "entropy_en": [], "first": []}
-    room = min(512, model.config.max_position_embeddings)
+    model, own, english, first = subject.model, [], [], []
+    L, room = model.config.num_hidden_layers, min(512, model.config.max_position_embeddings)
     for r in make_records(rows, subject.tokenizer, "both", room)[0]:
-        if r.answer_en is None:                             # half of an English side
+        if r.answer_en is None:                                 # half of an English side
             continue
-        ids = [r.answer[0], r.answer_en[0]]
-        for key, prompt, query in (("entropy", r.prompt, r.query),
-                                   ("entropy_en", r.prompt_en, r.prompt_en_query)):
-            packed = Packed()
-            row = packed.add(prompt, model.config.num_hidden_layers)
-            indices = [*row[slice(*query)], row[-1]]
-            entropy, p = lens(model, packed, indices, torch.tensor([ids] * len(indices)))
-            curves[key].append(entropy[:, :-1])                                 # (L + 1, tokens)
-            if key == "entropy" and ids[0] != ids[1]:
-                curves["first"].append(p[:, -1])                                # (L + 1, 2)
-    numbers = {key: torch.cat(curves[key], 1).mean(1).tolist() for key in ("entropy", "entropy_en")}
-    if curves["first"]:
-        numbers["p_target"], numbers["p_english"] = torch.stack(curves["first"]).mean(0).T.tolist()
+        packed, ids = Packed(), [r.answer[0], r.answer_en[0]]
+        row, row_en = packed.add(r.prompt, L), packed.add(r.prompt_en, L)
+        query, query_en = row[slice(*r.query)], row_en[slice(*r.prompt_en_query)]
+        indices = [*query, *query_en, row[-1]]
+        entropy, p = lens(model, packed, indices, torch.tensor([ids] * len(indices)))
+        own.append(entropy[:, :len(query)])                     # (L + 1, tokens)
+        english.append(entropy[:, len(query):-1])
+        if ids[0] != ids[1]:
+            first.append(p[:, -1])                              # (L + 1, 2)
+    numbers = {"entropy": torch.cat(own, 1).mean(1).tolist(),
+               "entropy_en": torch.cat(english, 1).mean(1).tolist()}
+    if first:
+        numbers["p_target"], numbers["p_english"] = torch.stack(first).mean(0).T.tolist()
     i, j, why = choose_layers(numbers["entropy"])
-    return dict(n=len(curves["entropy"]), pivots=len(curves["first"]), **numbers, i=i, j=j, why=why,
-                map=curves["entropy"][0].tolist())
+    return dict(n=len(own), pivots=len(first), **numbers, i=i, j=j, why=why, map=own[0].tolist())
 
 
-# ------------------------------------------------------------------- prompts and scores of tasks
+# ------------------------------------------------------------------------------------ benchmarks
 
 SCRIPTS = {"zh": ("CJK", 0.2), "ar": ("ARABIC", 0.2), "vi": ("LATIN", 0.02)}
 NAMES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
-TASKS = {
-    "xnli": Task(True, "validation", dict.fromkeys(NAMES, 2490)),
-    "xcopa": Task(True, "test", dict(zh=500, vi=500)),
-    "xstorycloze": Task(True, "eval", dict(en=1511, zh=1511, ar=1511)),
-    "truthfulqa": Task(True, "validation", dict(en=817, zh=788, vi=785, ar=773)),
-    "mmlu": Task(True, "test", dict(en=14042, zh=None, vi=None, ar=None)),
-    "xquad": Task(False, "validation", dict.fromkeys(NAMES, 1190), "SQuAD's English rules"),
-    "mlqa": Task(False, "test", dict(en=11590, zh=5137, vi=5495, ar=5335),
-                 "MLQA's as in the harness: an Arabic article at a word's beginning is removed"),
-    "mkqa": Task(False, "whole", dict.fromkeys(NAMES, 10000), "MKQA's; no text means no answer"),
-    "flores": Task(False, "devtest", dict.fromkeys(
-        ("en-zh", "en-vi", "en-ar", "zh-en", "vi-en", "ar-en"), 1012)),
+TASKS = {           # {language: number of items in the split that papers report}
+    "xnli": dict.fromkeys(NAMES, 2490),                                     # validation
+    "xcopa": dict(zh=500, vi=500),                                          # test
+    "xstorycloze": dict(en=1511, zh=1511, ar=1511),                         # eval
+    "truthfulqa": dict(en=817, zh=788, vi=785, ar=773),                     # validation
+    "mmlu": dict(en=14042, zh=None, vi=None, ar=None),                      # test
+    "xquad": dict.fromkeys(NAMES, 1190),                                    # validation
+    "mlqa": dict(en=11590, zh=5137, vi=5495, ar=5335),                      # test
+    "mkqa": dict.fromkeys(NAMES, 10000),
+    "flores": dict.fromkeys(("en-zh", "en-vi", "en-ar", "zh-en", "vi-en", "ar-en"), 1012),
 }
 XNLI = {"en": ("right", "Yes", "Also", "No"), "zh": ("正确", "是的", "所以", "不是的"),
         "vi": ("đúng", "Vâng", "Vì vậy", "Không"), "ar": ("صحيح", "نعم", "لذا", "رقم")}
@@ -358,9 +283,6 @@ def make_item(task: str, lang: str, row: dict) -> Item:
     """A row of a file -> its prompt, choices and right answer."""
     if task == "xnli":
         question, *words = XNLI[lang]
-        if "sentence1" in row:          # XNLI's own file
-            row = dict(premise=row["sentence1"], hypothesis=row["sentence2"],
-                       label=row["gold_label"])
         label = {"entailment": 0, "neutral": 1, "contradiction": 2}.get(row["label"], row["label"])
         choices = [f" {row['premise']}, {question}? {word}, {row['hypothesis']}" for word in words]
         return Item("", choices, int(label))
@@ -373,15 +295,13 @@ def make_item(task: str, lang: str, row: dict) -> Item:
         choices = [f" {row['sentence_quiz1']}", f" {row['sentence_quiz2']}"]
         return Item(context, choices, int(row["answer_right_ending"]) - 1)
     if task == "truthfulqa":    # gold: how many choices are mc1's (first: right), mc2's labels
+        mc1 = row.get("mc1_targets_choices") or row["mc1_targets"]["choices"]
+        mc2 = row.get("mc2_targets_choices") or row["mc2_targets"]["choices"]
+        labels = row.get("mc2_targets_labels") or row["mc2_targets"]["labels"]
         question = row["question"]
-        if lang == "en":
-            mc1, mc2 = row["mc1_targets"]["choices"], row["mc2_targets"]["choices"]
-            labels = row["mc2_targets"]["labels"]
-        else:
+        if lang != "en":
             question = (question or " ").strip().replace(" [title]", ". ")
             question = re.sub(r"\[.*?\]", "", question).replace("  ", " ")
-            mc1, mc2 = row["mc1_targets_choices"], row["mc2_targets_choices"]
-            labels = row["mc2_targets_labels"]
         return Item(f"{PRIMER}\n\nQ: {question}\nA:", [f" {choice}" for choice in mc1 + mc2],
                     [len(mc1), labels])
     if task == "mmlu":
@@ -415,28 +335,24 @@ def score(task: str, lang: str, item: Item, answer) -> dict:
         mc1, mc2 = answer[:count], [math.exp(ll - max(answer[count:])) for ll in answer[count:]]
         true = sum(p for p, label in zip(mc2, labels) if label)
         return {"mc1": float(mc1.index(max(mc1)) == 0), "mc2": true / sum(mc2)}
-    if TASKS[task].choices:
-        return {"acc": float(answer.index(max(answer)) == item.gold)}       # of equals the first
     if task == "xquad":         # the harness takes the first answer, and English rules
         return {**matches("xquad", "en", answer, item.gold[:1]),
                 "f1_mlqa": matches("mlqa", lang, answer, item.gold)["f1"]}
-    if task == "mkqa":
-        found = matches("mkqa", lang, answer, item.gold)
-        return {**found, "f1_answerable": found["f1"] if any(item.gold) else None}
-    return matches("mlqa", lang, answer, item.gold) if task == "mlqa" else {}
+    if task in ("mlqa", "mkqa"):
+        return matches(task, lang, answer, item.gold)
+    if task == "flores":        # only has scores of all sentences together
+        return {}
+    return {"acc": float(answer.index(max(answer)) == item.gold)}           # of equals the first
 
 
 def matches(rules: str, lang: str, text: str, accepted: list) -> dict:
     """Exact match and F1, each with the best of the accepted answers."""
     exact, f1, mine = [], [], words(rules, lang, text)
     for gold in (words(rules, lang, answer) for answer in accepted):
+        same = sum((Counter(mine) & Counter(gold)).values())
         exact.append(float(mine == gold))
-        if mine and gold:
-            same = sum((Counter(mine) & Counter(gold)).values())
-            f1.append(2 * same / (len(mine) + len(gold)))
-        else:                   # MLQA gives 0 even where both are empty
-            f1.append(float(mine == gold and rules != "mlqa"))
-    return {"exact_match": max(exact), "f1": max(f1)}
+        f1.append(2 * same / max(1, len(mine) + len(gold)))
+    return {"exact_match": max(exact), "f1": max(f1 + exact)}           # two empty texts: 1
 
 
 def words(rules: str, lang: str, text: str) -> list:
@@ -452,27 +368,56 @@ def words(rules: str, lang: str, text: str) -> list:
     return text.split()
 
 
-# -------------------------------------------------------------------------------- files of tasks
-
-CODES = {"en": {"eng_Latn", "eng"}, "zh": {"zho_Hans", "cmn_Hans", "zho_simpl"},
-         "vi": {"vie_Latn", "vie"}, "ar": {"arb_Arab", "ara"}}      # FLORES, FLORES+, FLORES-101
-
-
-def read_test(task: str, lang: str, files: list) -> tuple:
-    """(what a result says of its test, the items) of a task's file, or of all files of a folder."""
-    published, split, items, rows, text = TASKS[task].published, TASKS[task].split, [], [], ""
-    if lang not in published:
-        raise InputError(f"--lang {lang}: {task} has {', '.join(published)}")
-    if task == "flores":
-        if not importlib.util.find_spec("sacrebleu"):
-            raise InputError("flores is scored by sacrebleu: pip install sacrebleu")
-        rows = read_flores(lang, *files)
+def run_test(subject: Subject, task: str, lang: str, items: list) -> list:
+    """A dict of each item: prompt, choices, right answer, the model's answer and its scores."""
+    prompts, lines = [item.context for item in items], []
+    if items[0].choices:
+        key, answers = "loglikelihoods", log_likelihoods(subject, items)
     else:
-        for path in sorted(glob.glob(f"{glob.escape(files[0])}/*")) or files[:1]:
-            rows += read_file(path)
+        prompts = [subject.prompt(prompt) for prompt in prompts]
+        key, answers = "text", subject.complete(prompts, 256, one_line=True)
+    for item, prompt, answer in zip(items, prompts, answers):
+        lines.append({"model": subject.folder, "task": task, "lang": lang, "prompt": prompt,
+                      "choices": item.choices, "gold": item.gold, key: answer,
+                      **score(task, lang, item, answer)})
+    return lines
+
+
+def summary(task: str, lang: str, lines: list) -> dict:
+    """{metric: {mean, stderr, n}} over the items that run_test() returned; scores of the whole."""
+    out, n = {}, len(lines)
+    for key in [key for key, value in lines[0].items() if isinstance(value, float)]:
+        values = [line[key] for line in lines]
+        spread = statistics.stdev(values) if n > 1 else 0.0
+        out[key] = dict(mean=statistics.fmean(values), stderr=spread / math.sqrt(n), n=n)
+    if task == "mkqa":         # as its authors' script, given no probabilities of "no answer"
+        total = best = sum(not any(line["gold"]) for line in lines)     # if it answered nothing
+        for line in lines:
+            total += line["f1"] if any(line["gold"]) else -float(line["text"] != "")
+            best = max(best, total)
+        out["best_f1"] = dict(mean=best / n, n=n)
+    if task == "flores":
+        import sacrebleu
+        texts, gold = [line["text"].strip() for line in lines], [line["gold"][0] for line in lines]
+        split = "zh" if lang.endswith("zh") else "13a"             # 13a does not split Chinese
+        bleu = sacrebleu.corpus_bleu(texts, [gold], tokenize=split).score / 100
+        out["chrf"] = dict(mean=sacrebleu.corpus_chrf(texts, [gold]).score / 100, n=n)
+        out["bleu"] = dict(mean=bleu, n=n, tokenizer=split)
+    return out
+
+
+def read_test(task: str, lang: str, path: str, path_en: str | None = None) -> tuple:
+    """(what a result says of its test, the items) of a task's file, or of all files of a folder."""
+    if lang not in TASKS[task]:
+        raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task])}")
+    published, items, rows = TASKS[task][lang], [], []
+    if task == "flores":
+        import sacrebleu  # noqa: F401  (summary() needs it: without it, fail now)
+        rows = read_flores(lang, path, path_en)
+    else:
+        for file in sorted(glob.glob(f"{glob.escape(path)}/*")) or [path]:
+            rows += read_file(file)
     for where, row in rows:
-        if row.get("language", lang) != lang:           # XNLI's own file holds all languages
-            continue
         try:
             item = make_item(task, lang, row)
             if item.gold == [] or type(item.gold) is int and not 0 <= item.gold < len(item.choices):
@@ -481,39 +426,35 @@ def read_test(task: str, lang: str, files: list) -> tuple:
             raise InputError(f"{where}: not an item of {task} in {lang} ({type(error).__name__} "
                              f"{error}); its keys: {', '.join(map(str, row))[:200]}") from None
         items.append(item)
-        text += " ".join(map(str, row.values())) if len(items) < 100 else ""
     if not items:
-        raise InputError(f"{files[0]}: no item of {task} in {lang} in it")
-    found, id_length = [], len(str(rows[0][1].get("id")))   # XQuAD's have 24 characters, MLQA's 40
+        raise InputError(f"{path}: no item of {task} in it")
+    warnings, text = [], str([list(row.values()) for _, row in rows[:100]])
     if task not in ("mkqa", "flores") and not written_in(lang, text):
-        found.append(f"the text does not look like {NAMES[lang]}")
-    if (task, id_length) in (("mlqa", 24), ("xquad", 40)):
-        found.append(f"the ids are those of {'XQuAD' if task == 'mlqa' else 'MLQA'}")
-    if len(items) != published[lang]:
-        found.append(f"{len(items):,} items; {split} has {published[lang] or 'an unknown number'}")
-        split = "unknown"
-    warning = f"{files[0]}: {'; '.join(found)}" if found else None
-    return dict(task=task, lang=lang, data=files, warning=warning, split=split,
-                items_in_file=len(items), published_items=published[lang], shots=0,
-                normaliser=TASKS[task].normaliser, spec="lm-evaluation-harness 0.4.13"), items
+        warnings.append(f"{path}: the text does not look like {NAMES[lang]}")
+    if len(items) != published:
+        warnings.append(f"{path}: {len(items):,} items; published: {published or 'unknown'}")
+    for warning in warnings:
+        print("warning:", warning, flush=True)
+    return dict(task=task, lang=lang, data=path, data_en=path_en, warnings=warnings, shots=0,
+                items_in_file=len(items), published_items=published,
+                spec="lm-evaluation-harness 0.4.13"), items
 
 
 def read_file(path: str) -> list:
-    """[(where, row)] of JSONL, a JSON array, SQuAD's JSON, MMLU's CSV or XNLI's TSV; .gz or not."""
-    text, rows = read_text(path), []
-    if ".csv" in path or ".tsv" in path:
-        tab = dict(delimiter="\t", quoting=csv.QUOTE_NONE) if ".tsv" in path else {}
-        cells = [line for line in csv.reader(io.StringIO(text, newline=""), **tab) if line]
-        subject = re.sub(r"_(test|val|dev)\..*", "", os.path.basename(path))
-        if cells and len(cells[0]) == 3:
-            names = ["premise", "hypothesis", "label"]
-        elif cells and len(cells[0]) == 6:
-            names = ["question", "option_a", "option_b", "option_c", "option_d", "answer"]
-            cells = cells[cells[0][5] not in (*"ABCD0123",):]       # without its header
-        else:
-            names, cells = cells[0] if cells else [], cells[1:]
-        return [(f"{path}:{n}", {"subject": subject, **dict(zip(names, line))})
-                for n, line in enumerate(cells, 1)]
+    """[(where, row)] of JSONL, a JSON array, SQuAD's JSON, MMLU's CSV or XNLI's TSV (of XTREME)."""
+    text, rows, names, form = read_text(path), [], None, {}
+    if ".csv" in path:
+        names = ["question", "option_a", "option_b", "option_c", "option_d", "answer"]
+    elif ".tsv" in path:
+        names = ["premise", "hypothesis", "label"]
+        form = dict(delimiter="\t", quoting=csv.QUOTE_NONE)
+    if names:
+        subject = re.sub(r"_(test|val|dev)\..*", "", os.path.basename(path))       # MMLU's
+        table = csv.DictReader(io.StringIO(text, newline=""), names, **form)
+        for row in table:
+            if row.get("answer") != "answer":                                       # a header
+                rows.append((f"{path}:{table.line_num}", {"subject": subject, **row}))
+        return rows
     if not re.match(r'\s*{\s*"(data|version)"\s*:', text):
         return read_rows(path)
     try:
@@ -521,24 +462,20 @@ def read_file(path: str) -> list:
             for paragraph in article["paragraphs"]:
                 for qa in paragraph["qas"]:
                     answers = {"text": [answer["text"] for answer in qa["answers"]]}
-                    row = {"id": qa["id"], "context": paragraph["context"], "answers": answers}
-                    rows.append((f"{path} {qa['id']}", {**row, "question": qa["question"]}))
+                    row = {**qa, "context": paragraph["context"], "answers": answers}
+                    rows.append((f"{path} {qa['id']}", row))
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: not SQuAD's JSON ({type(error).__name__} {error})") from None
     return rows
 
 
-def read_flores(lang: str, path: str, path_en: str | None = None) -> list:
-    """Rows {language: sentence} of a folder of FLORES, or of two files: sentences or JSONL."""
+def read_flores(lang: str, path: str, path_en: str | None) -> list:
+    """Rows {language: sentence} of two files: a sentence a line, or FLORES+ with its "text"."""
+    if not path_en:
+        raise InputError("flores: expected --data FILE and --data_en FILE, the English side")
     sides = {}
     for side in lang.split("-"):
-        file = path_en if path_en and side == "en" else path
-        if os.path.isdir(file):
-            names = glob.glob(f"{glob.escape(file)}/*")
-            found = [name for name in names if CODES[side] & set(re.split(r"[./]", name))]
-            if len(found) != 1:
-                raise InputError(f"{file}: expected one file of {CODES[side]}, found {found}")
-            [file] = found
+        file = path_en if side == "en" else path
         text = read_text(file)
         if re.match(r"\s*\[?\s*{", text):               # FLORES+: JSON, not plain sentences
             sides[side] = [text_of(where, row, "text") for where, row in read_rows(file)]
@@ -579,58 +516,45 @@ def parse(argv=None):
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         raise InputError("--limit and --max_new_tokens: expected at least 1")
     for path in filter(None, (args.out, args.items)):       # not after hours of computing
-        wrong = os.path.exists(path) and not os.path.isfile(path)       # a folder, /dev/null
-        if wrong or not os.access(os.path.dirname(path) or ".", os.W_OK):
+        if os.path.isdir(path) or not os.access(os.path.dirname(path) or ".", os.W_OK):
             raise InputError(f"{path}: expected a file name, in a folder that can be written")
     return args
 
 
-def read_tests(args) -> list:
-    """What --task, --lang and --data ask for."""
-    tests = []
+def evaluate(args, settings: tuple) -> None:
+    """Run all tests on all models; print a table, write --out and --items."""
+    tests, results, lines, head, rows = [], [], [], ["model"], []
     for spec in args.task:
         name, _, file = spec.partition("=")
         task, _, lang = name.partition(".")
-        files = [file] if file else [path for path in (args.data, args.data_en) if path]
-        if task not in TASKS or not files or not file and len(args.task) > 1:
+        path = file or args.data
+        if task not in TASKS or not path or not file and len(args.task) > 1:
             raise InputError(f"--task {spec}: expected lens or {', '.join(TASKS)} with --data FILE "
                              "and --lang; or several benchmarks, each written TASK.LANG=FILE")
-        tests.append((task, lang or args.lang or "en", files))
-    return [read_test(*test) for test in tests]
-
-
-def evaluate(args, settings: tuple) -> None:
-    """Run all tests on all models; print a table, write --out and --items."""
-    tests, results, lines, head, rows = read_tests(args), [], [], ["model"], []
-    for test, _ in tests:
-        if test["warning"] and RANK == 0:
-            print("warning:", test["warning"], flush=True)
+        tests.append(read_test(task, lang or args.lang or "en", path, args.data_en))
     for folder in args.model:
         subject, row = Subject(folder, *settings), [folder]
         for test, items in tests:
-            scores, answered = run_test(subject, test, items[:args.limit])
-            alpaca = subject.alpaca and not TASKS[test["task"]].choices
+            task, lang = test["task"], test["lang"]
+            answered = run_test(subject, task, lang, items[:args.limit])
+            scores = summary(task, lang, answered)
+            alpaca = subject.alpaca and not items[0].choices
             results.append({
                 **test, "model": folder, "limit": args.limit, "dtype": args.dtype, "scores": scores,
                 "bos": bool(subject.bos), "template": "alpaca" if alpaca else "none"})
-            for line in answered:
-                lines.append({"model": folder, "task": test["task"], "lang": test["lang"], **line})
+            lines += answered
             for name, found in scores.items():
-                head += [] if rows else [f"{test['task']}.{test['lang']} {name}"]
+                head += [] if rows else [f"{task}.{lang} {name}"]
                 error = f" ± {100 * found['stderr']:.2f}" if "stderr" in found else ""
                 row.append(f"{100 * found['mean']:.2f}{error}")
         rows.append(row)
         del subject                                         # two models may not fit
-    if RANK > 0:
-        return
     print(markdown(head, rows))
     if args.items:
         with open(args.items, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if args.out:
-        write_json(results if len(results) > 1 else results[0], args.out)
-    print(f"\nThe scores and their settings are in {args.out}." if args.out else
-          "\nNext: --out FILE keeps the scores and their settings, --items FILE every answer.")
+        write_json(results, args.out)
 
 
 def show_lens(args, settings: tuple) -> None:
@@ -654,10 +578,6 @@ def show_lens(args, settings: tuple) -> None:
 def main(argv=None) -> None:
     args = parse(argv)
     settings = DTYPES[args.dtype], pick_device(args.device), args.bos, args.template
-    if WORLD > 1:
-        torch.distributed.init_process_group("gloo")
-        if settings[1] == "cuda":
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if args.task == ["lens"] and args.data:
         show_lens(args, settings)
     elif args.task:
@@ -675,16 +595,6 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:                                 # the reader has closed: eval.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError) as error:
-        if RANK == 0:
-            print(f"error: {error}", file=sys.stderr)
+    except (InputError, OSError, ImportError) as error:
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        sys.exit(130)
-    finally:
-        if torch.distributed.is_initialized():
-            torch.distributed.destroy_process_group()

@@ -1,26 +1,24 @@
 """model.py: LLaMA and Gemma-2 decoders with access to the output of every layer.
 
-No training code here. The sections marked "equipment" (generation, files) can be skipped at first.
+There is no training code here. A first reading can end where the sections on equipment begin.
 
 Shapes, in every file of this project:
     N  tokens of all rows, laid end to end      V  vocabulary size      T  query tokens of one row
     R  rows                                     L  layers               S  key tokens of one row
-    D  hidden size    H  query heads    K  key/value heads    h  size of a head    B  batch
+    D  hidden size    H  query heads    K  key/value heads    h  size of a head    n  any number
+    B  batch of attention: 1 in training, R in generation
 
 Norms, projections, MLP and head work on flat (N, D) tensors without padding. Only attention needs
-to know where a row begins and which of its tokens may see each other (class Packed).
-
-Dtypes: a weight keeps its own dtype (fp32 in training) and is cast to `compute_dtype`, bf16 or
-fp32, where it is used. Norms, softmax and logits are computed in fp32. Parameter names are those
-of Hugging Face.
+to know where a row begins and which of its tokens may see each other (class Packed). A weight keeps
+its dtype (fp32 in training) and is cast to `compute_dtype`, bf16 or fp32, where it is used. Norms,
+softmax and logits are computed in fp32. Parameter names are those of Hugging Face.
 """
-import dataclasses
 import json
-import math
 import os
 import shutil
 import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.distributed.checkpoint as dcp
@@ -32,14 +30,12 @@ from torch.distributed.tensor import DTensor
 from torch.nn.attention.flex_attention import BlockMask, flex_attention
 from torch.utils.checkpoint import checkpoint
 
+warnings.filterwarnings("ignore", "torch.distributed is disabled")      # dcp.load in load_weights
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 class InputError(Exception):
-    """A user's mistake in one line: where, what was found, what was expected, what to do.
-
-    The programs print it without a traceback and exit with code 2.
-    """
+    """A user's mistake, in one line that the programs print before they exit with code 2."""
 
 
 def pick_device(name: str) -> str:
@@ -64,13 +60,9 @@ DEFAULTS = {
                    query_pre_attn_scalar=256, sliding_window=4096,
                    attn_logit_softcapping=50.0, final_logit_softcapping=30.0),
 }
-# Entries that would change the computation, and the values with which they do not.
-NEUTRAL = {"attention_bias": (False, None), "mlp_bias": (False, None), "qk_norm": (False, None),
-           "attention_dropout": (0, None), "quantization_config": (None,),
-           "partial_rotary_factor": (1, None), "num_local_experts": (None,),
-           "use_bidirectional_attention": (False, None)}
-
-ROPE_SCALING = ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")
+# Entries that change the computation in a way that is not implemented here.
+REFUSED = ("attention_bias", "mlp_bias", "attention_dropout", "quantization_config",
+           "use_bidirectional_attention")
 
 
 @dataclass
@@ -103,7 +95,7 @@ class Config:
     @classmethod
     def read(cls, folder: str) -> "Config":
         """The Config of folder/config.json; InputError for a file or model we do not support."""
-        path = os.path.join(folder, "config.json")
+        path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
         raw = read_json(path)
         family = raw.get("model_type")
         if str(family) not in DEFAULTS:
@@ -111,64 +103,38 @@ class Config:
         gemma = family == "gemma2"
         c = {**DEFAULTS[family], **raw, "gemma": gemma, "raw": raw, "folder": folder}
         # Generation may stop at more tokens than config.json names.
-        generation = os.path.join(folder, "generation_config.json")
-        more = read_json(generation).get("eos_token_id") if os.path.exists(generation) else None
+        more = read_json(generation).get("eos_token_id") if generation.exists() else None
         try:
             # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters
             rope = {**(c["rope_scaling"] or {}), **(c.get("rope_parameters") or {})}
-            rope_type = rope.get("rope_type", rope.get("type", "default"))
-            layer_types = c.get("layer_types") or (
-                ["sliding_attention", "full_attention"] * c["num_hidden_layers"])
+            rope_type = rope.setdefault("rope_type", rope.get("type", "default"))
             activation = c.get("hidden_activation") or c.get("hidden_act")
-            refused = [f"{key}={c[key]!r}" for key, neutral in NEUTRAL.items()
-                       if key in c and c[key] not in neutral]
+            refused = [f"{key}={c[key]!r}" for key in REFUSED if c.get(key)]
             if rope_type not in ("default", "llama3"):
                 refused.append(f"rope type {rope_type!r}")
             if activation != ("gelu_pytorch_tanh" if gemma else "silu"):
                 refused.append(f"activation {activation!r}")
-            if c.get("sliding_window") and not gemma:
-                refused.append("sliding_window")
             if refused:
-                raise InputError(f"{path}: asks for {', '.join(refused)}; not implemented here")
+                raise ValueError(f"asks for {', '.join(refused)}; not implemented here")
+            c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
+            c["rope_scaling"] = rope if rope_type == "llama3" else None
             c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
             c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
             c["attn_scale"] = (c["query_pre_attn_scalar"] if gemma else c["head_dim"]) ** -0.5
-            c["rope_theta"] = rope.get("rope_theta", c["rope_theta"])
-            c["rope_scaling"] = None
-            if rope_type == "llama3":
-                c["rope_scaling"] = {key: rope[key] for key in ROPE_SCALING}
-            c["windows"] = tuple(
-                c["sliding_window"] if gemma and layer_type == "sliding_attention" else None
-                for layer_type in layer_types[:c["num_hidden_layers"]])
+            windows = [c["sliding_window"], None] if gemma else [None, None]
+            c["windows"] = tuple(windows[k % 2] for k in range(c["num_hidden_layers"]))
             eos = []
             for ids in (c["eos_token_id"], more):       # each an id, a list of them, or null
                 eos += ids if isinstance(ids, list) else [ids]
             c["eos_ids"] = tuple(dict.fromkeys(i for i in eos if i is not None))
-            for key, ids in (("bos_token_id", [c["bos_token_id"]]), ("eos_token_id", c["eos_ids"])):
-                if not ids or not all(type(i) is int and 0 <= i < c["vocab_size"] for i in ids):
-                    raise ValueError(f"{key} is {c[key]!r}, expected an id below vocab_size")
-            fields = [field.name for field in dataclasses.fields(cls)]
-            for name in fields[1:9]:            # vocab_size to max_position_embeddings
-                if type(c[name]) is not int or c[name] < 1:
-                    raise ValueError(f"{name} is {c[name]!r}, expected a whole number above 0")
-            return cls(**{name: c[name] for name in fields})
+            special = (c["bos_token_id"], *c["eos_ids"])
+            if not c["eos_ids"] or not all(i in range(c["vocab_size"]) for i in special):
+                raise ValueError(f"bos_token_id is {c['bos_token_id']}, eos_token_id is "
+                                 f"{c['eos_token_id']}; expected ids below vocab_size")
+            return cls(**{name: c[name] for name in cls.__annotations__})
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path}: {what}") from None
-
-
-def read_json(path: str) -> dict:
-    """The JSON object in a file; InputError where it is missing or malformed."""
-    try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from None
-    except (ValueError, RecursionError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from None
-    if not isinstance(value, dict):
-        raise InputError(f"{path}: found a {type(value).__name__}, expected a JSON object")
-    return value
 
 
 # ------------------------------------------------------------------ the tokens of a forward pass
@@ -189,10 +155,8 @@ class Packed:
         return len(self.ids)
 
     def add(self, ids: list, depth: int, after: range | None = None) -> range:
-        """Append a segment and return its flat indices.
-
-        after: None starts a row; the range of the row's first segment continues that segment.
-        """
+        """Append a segment and return its flat indices. It starts a row, or it continues `after`,
+        the range of the first segment of the row."""
         begin = len(self.ids)
         if after is None:
             row, segment, position = (self.row[-1] + 1 if self.row else 0), 0, 0
@@ -214,88 +178,16 @@ class Packed:
 
 @dataclass
 class AttentionInputs:
-    """What attention needs besides its n tokens, shared by the layers that see the same tokens."""
-    cos: torch.Tensor           # (B, n, 1, h) in fp32; B is 1 except in generation
+    """What attention needs besides its n tokens, which it computes part by part: a part is one row
+    or, with FlexAttention, all rows. Layers that see the same tokens share it."""
+    cos: torch.Tensor           # (B, n / B, 1, h) in fp32: the rotation of each token
     sin: torch.Tensor
-    sizes: list                 # tokens of each part: parts are attended to one by one
-    masks: dict                 # {window: a mask for each part, see Attention.attention}
+    sizes: list                 # number of tokens of each part
+    masks: dict                 # {window: a mask for each part, see Attention.attend_part}
     entering: torch.Tensor | None = None    # these tokens among those after the layer below, (n,)
-    cache: object = None                    # generation: the keys and values so far
-
-
-def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
-    """AttentionInputs of the tokens that enter `layer`. With `flex` one part holds all rows (GPUs);
-    without it each row is a part of its own."""
-    kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
-    fields = torch.tensor([packed.position, packed.row, packed.segment])[:, kept]
-    position, row, segment = fields                                         # (n,) each, on the CPU
-    sizes = torch.unique_consecutive(row, return_counts=True)[1].tolist()
-    masks = {}
-    for window in set(config.windows):
-        if flex:
-            masks[window] = [block_mask(position, row, segment, window, device)]
-        else:
-            rows = zip(position.split(sizes), segment.split(sizes))
-            masks[window] = [row_mask(*one_row, window, device) for one_row in rows]
-    cos, sin = rotation(config, position[None].to(device))
-    entering = packed.index(kept, layer - 1).to(device)
-    return AttentionInputs(cos, sin, [len(kept)] if flex else sizes, masks, entering)
-
-
-def visibility(position, row, segment, window):
-    """The attention rule for tokens with these fields (n,), as a mask_mod of FlexAttention."""
-
-    def sees(batch, head, query, key):
-        same_text = (segment[key] == 0) | (segment[key] == segment[query])
-        near = position[query] - position[key] < (window or len(position))
-        return (row[query] == row[key]) & (key <= query) & same_text & near
-
-    return sees
-
-
-def row_mask(position, segment, window, device):
-    """The (T, T) bool mask of one row, True where a query (line) sees a key (column), or None if
-    plain causal attention is the same."""
-    T = len(position)
-    if position[-1] == T - 1 and (window is None or T <= window):    # one text without branches
-        return None
-    sees = visibility(position, torch.zeros_like(position), segment, window)
-    index = torch.arange(T)
-    return sees(0, 0, index[:, None], index[None, :]).to(device)
-
-
-def block_mask(position, row, segment, window, device) -> BlockMask:
-    """The mask of all rows for FlexAttention: the 128 x 128 blocks to compute and the rule in them.
-
-    Tokens are padded to a power of two to limit recompilation; each padding token is its own row. A
-    block of queries needs the blocks of keys from the beginning of its first row up to itself.
-    """
-    n, size, block = len(position), max(128, 1 << (len(position) - 1).bit_length()), 128
-    row = torch.cat((row, torch.arange(-size, -n)))
-    position, segment = F.pad(position, (0, size - n)), F.pad(segment, (0, size - n))
-    counts = torch.unique_consecutive(row, return_counts=True)[1]
-    row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
-    last = torch.arange(size // block)                                      # (b,) blocks of queries
-    first = row_begin[::block] // block
-    number = (last - first + 1).int()                                       # (b,) blocks of keys
-    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b): number of them
-    sees = visibility(position.to(device), row.to(device), segment.to(device), window)
-    return BlockMask.from_kv_blocks(number[None, None].to(device), which[None, None].to(device),
-                                    BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
-
-
-def rotation(config: Config, position):
-    """RoPE (Su et al. 2021) for positions (B, n): cos and sin, each (B, n, 1, h) in fp32."""
-    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
-    if config.rope_scaling:     # LLaMA-3.1: long wavelengths are stretched by `factor`, with a ramp
-        s = config.rope_scaling
-        turns = s["original_max_position_embeddings"] * freq / (2 * math.pi)
-        ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
-        ramp = ramp.clamp(0, 1)
-        freq = freq * ramp + freq / s["factor"] * (1 - ramp)
-    angle = position[..., None].float() * freq.to(position.device)          # (B, n, h/2)
-    angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, n, 1, h)
-    return angle.cos(), angle.sin()
+    # Generation: the keys and values so far, and where in them these tokens go; see next_logits().
+    cache: torch.Tensor | None = None
+    position: torch.Tensor | None = None
 
 
 # -------------------------------------------------------------------------------------- the decoder
@@ -407,22 +299,25 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(D, K * h), Linear(D, K * h)
 
     def forward(self, x, inputs: AttentionInputs):                          # (n, D) -> (n, D)
-        batch, h = len(inputs.cos), self.config.head_dim
-        q = rotate(self.q_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1)), inputs)
-        k = rotate(self.k_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1)), inputs)
-        v = self.v_proj(x).unflatten(-1, (-1, h)).unflatten(0, (batch, -1))     # (B, n, K, h)
+        B = len(inputs.cos)
+        shape = (B, len(x) // B, -1, self.config.head_dim)
+        q = rotate(self.q_proj(x).view(shape), inputs)                      # (B, n / B, H, h)
+        k = rotate(self.k_proj(x).view(shape), inputs)                      # (B, n / B, K, h)
+        v = self.v_proj(x).view(shape)
         return self.o_proj(self.attend(q, k, v, inputs).reshape(len(x), -1))
 
     def attend(self, q, k, v, inputs: AttentionInputs):
-        """q (B, n, H, h), k and v (B, n, K, h) -> (B, n, H, h), part by part."""
+        """q (B, T, H, h), k and v (B, T, K, h) -> (B, T, H, h), part by part."""
         masks, sizes = inputs.masks[self.window], inputs.sizes
         if inputs.cache is not None:
-            k, v = inputs.cache.update(self.index, k, v)                    # (B, S, K, h)
-            return self.attention(q, k, v, masks[0])
+            cache, rows = inputs.cache[self.index], torch.arange(len(q), device=q.device)[:, None]
+            cache[0, rows, inputs.position], cache[1, rows, inputs.position] = k, v
+            k, v = cache[:, :, :masks[0].shape[-1]]                         # (R, S, K, h)
+            return self.attend_part(q, k, v, masks[0])
         parts = zip(q.split(sizes, dim=1), k.split(sizes, dim=1), v.split(sizes, dim=1), masks)
-        return torch.cat([self.attention(*part) for part in parts], dim=1)
+        return torch.cat([self.attend_part(*part) for part in parts], dim=1)
 
-    def attention(self, q, k, v, mask):
+    def attend_part(self, q, k, v, mask):
         """q (B, T, H, h), k and v (B, S, K, h) -> (B, T, H, h).
 
         mask: None for causal; a bool tensor that expands to (B, H, T, S), True where a query sees a
@@ -451,18 +346,6 @@ class Attention(nn.Module):
                 mask = torch.ones(scores.shape[2:], dtype=torch.bool, device=q.device).tril()
             out = scores.masked_fill(~mask, -torch.inf).softmax(-1).to(v.dtype) @ v
         return out.transpose(1, 2).to(dtype)
-
-
-def rotate(x, inputs: AttentionInputs):
-    """Rotate the heads of x (B, n, heads, h) by the angles of their tokens; the coordinates of the
-    first half of h are paired with those of the second half."""
-    a, b = x.chunk(2, dim=-1)
-    return x * inputs.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * inputs.sin.to(x.dtype)
-
-
-def cap(x, limit: float | None):
-    """Gemma-2's soft cap, elementwise: limit * tanh(x / limit)."""
-    return x if limit is None else limit * torch.tanh(x / limit)
 
 
 class MLP(nn.Module):
@@ -504,33 +387,103 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
+# ------------------------------------------------------------------------ masks and rotations
+
+def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
+    """AttentionInputs of the tokens that enter `layer`: with `flex` (GPUs) all rows are one part,
+    without it each row is a part."""
+    kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
+    fields = [packed.position, packed.row, packed.segment]
+    position, row, segment = torch.tensor(fields)[:, kept]                  # (n,) each, on the CPU
+    sizes = [len(kept)] if flex else torch.unique_consecutive(row, return_counts=True)[1].tolist()
+    masks = {}
+    for window in set(config.windows):
+        if flex:
+            masks[window] = [block_mask(position, row, segment, window, device)]
+            continue
+        masks[window] = []
+        sees = visibility(position, row, segment, window)
+        for index in torch.arange(len(kept)).split(sizes):                  # (T,) of one row
+            T = len(index)
+            if position[index[-1]] == T - 1 and (window is None or T <= window):
+                masks[window].append(None)              # one text: plain causal attention
+            else:
+                mask = sees(0, 0, index[:, None], index[None, :])           # (T, T)
+                masks[window].append(mask.to(device))
+    cos, sin = rotation(config, position[None].to(device))
+    entering = packed.index(kept, layer - 1).to(device)
+    return AttentionInputs(cos, sin, sizes, masks, entering)
+
+
+def visibility(position, row, segment, window):
+    """The rule which tokens see each other, from their fields (n,); a mask_mod of FlexAttention."""
+    def sees(batch, head, query, key):
+        same_text = (segment[key] == 0) | (segment[key] == segment[query])
+        near = position[query] - position[key] < (window or len(position))
+        return (row[query] == row[key]) & (key <= query) & same_text & near
+
+    return sees
+
+
+def block_mask(position, row, segment, window, device) -> BlockMask:
+    """The mask of all rows for FlexAttention: the 128 x 128 blocks to compute and the rule in them.
+
+    Tokens are padded to a power of two to limit recompilation; each padding token is its own row. A
+    block of queries needs the blocks of keys from the beginning of its first row up to itself.
+    """
+    n, size, block = len(position), max(128, 1 << (len(position) - 1).bit_length()), 128
+    row = torch.cat((row, torch.arange(-size, -n)))
+    position, segment = F.pad(position, (0, size - n)), F.pad(segment, (0, size - n))
+    counts = torch.unique_consecutive(row, return_counts=True)[1]
+    row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
+    last = torch.arange(size // block)                                      # (b,) blocks of queries
+    first = row_begin[::block] // block
+    number = (last - first + 1).int()                                       # (b,) blocks of keys
+    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b): number of them
+    sees = visibility(position.to(device), row.to(device), segment.to(device), window)
+    return BlockMask.from_kv_blocks(number[None, None].to(device), which[None, None].to(device),
+                                    BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
+
+
+def rotation(config: Config, position):
+    """RoPE (Su et al. 2021) for positions (B, n): cos and sin, each (B, n, 1, h) in fp32."""
+    freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
+    if config.rope_scaling:     # LLaMA-3.1: long wavelengths are stretched by `factor`, with a ramp
+        s = config.rope_scaling
+        turns = s["original_max_position_embeddings"] * freq / (2 * torch.pi)
+        ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
+        ramp = ramp.clamp(0, 1)
+        freq = freq * ramp + freq / s["factor"] * (1 - ramp)
+    angle = position[..., None].float() * freq.to(position.device)          # (B, n, h/2)
+    angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, n, 1, h)
+    return angle.cos(), angle.sin()
+
+
+def rotate(x, inputs: AttentionInputs):
+    """Rotate the heads of x (B, n, heads, h) by the angles of their tokens; the coordinates of the
+    first half of h are paired with those of the second half."""
+    a, b = x.chunk(2, dim=-1)
+    return x * inputs.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * inputs.sin.to(x.dtype)
+
+
+def cap(x, limit: float | None):
+    """Gemma-2's soft cap, elementwise: limit * tanh(x / limit)."""
+    return x if limit is None else limit * torch.tanh(x / limit)
+
+
 # ------------------------------------------------------------------------- equipment: generation
 
-@dataclass
-class Cache:
-    """Keys and values of R rows, (L, R, S, K, h) each, and where their next T tokens go."""
-    k: torch.Tensor
-    v: torch.Tensor
-    position: torch.Tensor                                                  # (R, T)
-
-    def update(self, layer: int, k, v):
-        """Store k and v (R, T, K, h) of a layer; return all of them so far, (R, S, K, h)."""
-        rows = torch.arange(len(k), device=k.device)[:, None]
-        self.k[layer, rows, self.position], self.v[layer, rows, self.position] = k, v
-        used = int(self.position.max()) + 1
-        return self.k[layer, :, :used], self.v[layer, :, :used]
-
-
-def next_logits(model: Transformer, ids, cache: Cache):
-    """Logits (R, V) of the token after ids (R, T), which continue the rows of the cache."""
-    key = torch.arange(int(cache.position.max()) + 1, device=ids.device)
-    back = cache.position[:, :, None] - key                                 # (R, T, S)
+def next_logits(model: Transformer, ids, position, cache):
+    """Logits (R, V) of the token after ids (R, T) at these positions (R, T). Their keys and values
+    are added to the cache (L, 2, R, S or more, K, h)."""
+    key = torch.arange(int(position.max()) + 1, device=ids.device)          # (S,) positions
+    back = position[:, :, None] - key                                       # (R, T, S)
     masks = {}
     for window in model.config.windows:
         near = (back >= 0) & (back < (window or torch.inf))
         masks[window] = [near[:, None]]                                     # (R, 1, T, S)
-    cos, sin = rotation(model.config, cache.position)
-    inputs = AttentionInputs(cos, sin, [ids.shape[1]], masks, cache=cache)
+    cos, sin = rotation(model.config, position)
+    inputs = AttentionInputs(cos, sin, [ids.shape[1]], masks, cache=cache, position=position)
     x = model.embed(ids.flatten())                                          # (R * T, D)
     for layer in model.layers:
         x = layer(x, inputs)
@@ -539,34 +492,33 @@ def next_logits(model: Transformer, ids, cache: Cache):
 
 @torch.no_grad()
 def decode(model: Transformer, prompts: list, max_new_tokens: int, last=()):
-    """Greedy decoding of R prompts (lists of ids) by steps: yields [(prompt number, next id)].
-
-    A row ends before any of the model's end tokens, after any id in `last`, or at the last position
-    of the model.
-    """
+    """Greedy decoding of R prompts (lists of ids): a step yields [(prompt number, next id)]. A row
+    ends before any of the model's end tokens, after any id in `last`, or at the last position."""
     c, device = model.config, model.embed_tokens.weight.device
     lengths = [len(prompt) for prompt in prompts]
     if not all(0 < length < c.max_position_embeddings for length in lengths):
         raise InputError(f"prompts have {min(lengths)} to {max(lengths)} tokens; this model takes "
                          f"1 to {c.max_position_embeddings - 1}")
     size = min(max(lengths, default=0) + max_new_tokens, c.max_position_embeddings)
-    shape = (c.num_hidden_layers, len(prompts), size, c.num_key_value_heads, c.head_dim)
+    shape = (c.num_hidden_layers, 2, len(prompts), size, c.num_key_value_heads, c.head_dim)
     dtype = model.compute_dtype or model.embed_tokens.weight.dtype
-    k, v = torch.zeros(2, *shape, device=device, dtype=dtype)
+    cache = torch.zeros(shape, dtype=dtype, device=device)
     logits = []
     for r, prompt in enumerate(prompts):            # one by one, as their lengths differ
-        cache = Cache(k[:, r:r + 1], v[:, r:r + 1], torch.arange(len(prompt), device=device)[None])
-        logits.append(next_logits(model, torch.tensor([prompt], device=device), cache))
-    unfinished, position = set(range(len(prompts))), torch.tensor(lengths, device=device)
-    for done in range(1, max_new_tokens + 1):
+        ids = torch.tensor([prompt], device=device)                         # (1, T)
+        position = torch.arange(len(prompt), device=device)[None]
+        logits.append(next_logits(model, ids, position, cache[:, :, r:r + 1]))
+    position = torch.tensor(lengths, device=device)[:, None]                # (R, 1)
+    unfinished = set(range(len(prompts)))
+    for count in range(1, max_new_tokens + 1):
         if not unfinished:
             return
         ids = torch.cat(logits).argmax(-1)                                  # (R,)
         new = [(r, i) for r, i in enumerate(ids.tolist()) if r in unfinished and i not in c.eos_ids]
         yield new
-        unfinished = {r for r, i in new if i not in last and lengths[r] + done < size}
-        if unfinished and done < max_new_tokens:    # finished rows stay in the batch, unread
-            logits = [next_logits(model, ids[:, None], Cache(k, v, position[:, None]))]
+        unfinished = {r for r, i in new if i not in last and lengths[r] + count < size}
+        if unfinished and count < max_new_tokens:   # finished rows stay in the batch, unread
+            logits = [next_logits(model, ids[:, None], position, cache)]
             position = (position + 1).clamp(max=size - 1)
 
 
@@ -599,49 +551,42 @@ def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
 def load_weights(model: Transformer, folder: str, group=None) -> None:
     """Read the safetensors of a folder into a model, whole or sharded over the ranks of a group."""
     tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "torch.distributed is disabled")
-        dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
-                 no_dist=group is None)
+    dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
+             no_dist=group is None)
 
 
 def check_weights(model: Transformer, folder: str) -> None:
     """InputError if the safetensors of a folder are not the parameters of a model."""
-    if not os.path.isdir(folder):
-        raise InputError(f"{folder}: no such folder; expected a Hugging Face model folder")
-    names = sorted(name for name in os.listdir(folder) if name.endswith(".safetensors"))
-    if not names:
-        raise InputError(f"{folder}: no .safetensors file in it (pickles, .bin or .pth, can run "
-                         "code and are never loaded)")
-    found = {}                                  # name: (file, shape, dtype)
-    for file in [os.path.join(folder, name) for name in names]:
+    paths = sorted(Path(folder).glob("*.safetensors"))
+    if not paths:
+        raise InputError(f"{folder}: no .safetensors file; pickles (.bin, .pth) are never loaded")
+    found = {}                                  # name: a slice, whose numbers are not read yet
+    for path in paths:
         try:
-            with safe_open(file, framework="pt") as tensors:
+            with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():
-                    part = tensors.get_slice(name)
-                    found[name] = file, list(part.get_shape()), part.get_dtype()
+                    found[name] = tensors.get_slice(name)
         except (SafetensorError, OSError, ValueError) as error:
-            raise InputError(f"{file}: not a safetensors file ({error}); download it again, or run "
+            raise InputError(f"{path}: not a safetensors file ({error}); download it again, or run "
                              "git lfs pull if it is a pointer file") from None
     expected = {hf_name(name): list(p.shape) for name, p in model.named_parameters()}
     missing = [name for name in expected if name not in found]
     extra = [name for name in found if name not in expected and "rotary_emb.inv_freq" not in name]
-    wrong = [f"{name} is {found[name][2]} {found[name][1]}, expected floats {shape}"
-             for name, shape in expected.items() if name in found and (
-                 found[name][1] != shape or found[name][2] not in ("F64", "F32", "F16", "BF16"))]
+    wrong = []
+    for name in [name for name in expected if name in found]:
+        shape, dtype = found[name].get_shape(), found[name].get_dtype()
+        if shape != expected[name] or dtype not in ("F64", "F32", "F16", "BF16"):
+            wrong.append(f"{name} is {dtype} {shape}, expected floats {expected[name]}")
     if model.config.tie_word_embeddings and HEAD in extra and EMBEDDING in found:
         extra.remove(HEAD)                      # a tied head that was stored as well
-        with (safe_open(found[HEAD][0], framework="pt") as one,
-              safe_open(found[EMBEDDING][0], framework="pt") as other):
-            head, embedding = one.get_tensor(HEAD), other.get_tensor(EMBEDDING)
+        head, embedding = found[HEAD][:], found[EMBEDDING][:]
         if not torch.equal(head, embedding.to(head.dtype)):
             wrong.append(f"{HEAD} differs from {EMBEDDING}, but tie_word_embeddings is true")
-    problems = []
-    for what, names in (("missing", missing), ("not expected", extra), ("wrong", wrong)):
-        if names:
-            problems.append(f"{len(names)} {what}, such as {', '.join(names[:3])}")
-    if problems:
-        raise InputError(f"{folder}: tensors do not match config.json: {'; '.join(problems)}")
+    problems = {"missing": missing, "not expected": extra, "wrong": wrong}
+    report = [f"{len(names)} {problem}, such as {', '.join(names[:3])}"
+              for problem, names in problems.items() if names]
+    if report:
+        raise InputError(f"{folder}: tensors do not match config.json: {'; '.join(report)}")
 
 
 def hf_name(name: str) -> str:
@@ -658,21 +603,22 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
     folder is written as FOLDER.partial and renamed when it is complete.
     """
     c, dtype = model.config, dtype or next(model.parameters()).dtype
-    groups, size = [{}], 0                      # the tensors of each weight file
+    groups, size = [], torch.inf                # the tensors of each weight file, its bytes
     for name, p in model.named_parameters():
-        size += p.numel() * dtype.itemsize
-        if groups[-1] and size > shard_bytes:
+        if size + p.numel() * dtype.itemsize > shard_bytes:
             groups.append({})
-            size = p.numel() * dtype.itemsize
+            size = 0
         groups[-1][hf_name(name)] = p.detach()
+        size += p.numel() * dtype.itemsize
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    partial, weight_map = folder.rstrip("/") + ".partial", {}
+    partial, weight_map = Path(folder.rstrip("/") + ".partial"), {}
     if writes:
         shutil.rmtree(partial, ignore_errors=True)
         os.makedirs(partial)
     for number, group in enumerate(groups, 1):
         file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        file = file if len(groups) > 1 else "model.safetensors"
+        if len(groups) == 1:
+            file = "model.safetensors"
         tensors = {}
         for name, p in group.items():
             whole = p.full_tensor() if isinstance(p, DTensor) else p    # on all ranks: a collective
@@ -680,28 +626,26 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
                 tensors[name] = whole.to("cpu", dtype).contiguous()
                 weight_map[name] = file
         if writes:
-            save_file(tensors, os.path.join(partial, file), metadata={"format": "pt"})
+            save_file(tensors, partial / file, metadata={"format": "pt"})
     if not writes:
         return
     if len(groups) > 1:
-        total = sum(p.numel() for p in model.parameters()) * dtype.itemsize
-        write_json(dict(metadata=dict(total_size=total), weight_map=weight_map),
-                   os.path.join(partial, "model.safetensors.index.json"))
-    write_json(exported_config(c, dtype), os.path.join(partial, "config.json"))
-    write_json(dict(bos_token_id=c.bos_token_id, eos_token_id=list(c.eos_ids)),
-               os.path.join(partial, "generation_config.json"))
+        index = {"metadata": {}, "weight_map": weight_map}
+        write_json(index, partial / "model.safetensors.index.json")
+    write_json(exported_config(c, dtype), partial / "config.json")
+    special = {"bos_token_id": c.bos_token_id, "eos_token_id": list(c.eos_ids)}
+    write_json(special, partial / "generation_config.json")
     for file in COPIED:
-        if os.path.exists(os.path.join(c.folder, file)):
-            shutil.copyfile(os.path.join(c.folder, file), os.path.join(partial, file))
+        if Path(c.folder, file).exists():
+            shutil.copyfile(Path(c.folder, file), partial / file)
     if chat_template:       # transformers 5 reads the .jinja file, 4 reads tokenizer_config.json
-        path = os.path.join(partial, "tokenizer_config.json")
-        tokenizer_config = read_json(path) if os.path.exists(path) else {}
-        if "tokenizer.json" not in os.listdir(partial):
+        path = partial / "tokenizer_config.json"
+        tokenizer_config = read_json(path) if path.exists() else {}
+        if not (partial / "tokenizer.json").exists():
             # else transformers 5 gives text after BOS no leading space, unlike text without BOS
             tokenizer_config["legacy"] = True
         write_json({**tokenizer_config, "chat_template": chat_template}, path)
-        with open(os.path.join(partial, "chat_template.jinja"), "w", encoding="utf-8") as file:
-            file.write(chat_template)
+        (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
 
@@ -709,21 +653,30 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
 def exported_config(c: Config, dtype) -> dict:
     """config.json for transformers 4, which reads rope_theta, rope_scaling and torch_dtype, and for
     transformers 5, which reads rope_parameters."""
-    scaling = {"rope_type": "llama3", **c.rope_scaling} if c.rope_scaling else None
-    parameters = {**(scaling or {"rope_type": "default"}), "rope_theta": c.rope_theta}
-    architecture = "Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"
     raw = {key: value for key, value in c.raw.items() if key != "dtype"}
-    return {"architectures": [architecture], **raw, "torch_dtype": str(dtype).split(".")[1],
-            "rope_theta": c.rope_theta, "rope_scaling": scaling, "rope_parameters": parameters}
+    rope = {**(c.rope_scaling or {"rope_type": "default"}), "rope_theta": c.rope_theta}
+    return {**raw, "torch_dtype": str(dtype).split(".")[1], "rope_theta": c.rope_theta,
+            "rope_scaling": c.rope_scaling, "rope_parameters": rope}
 
 
-def write_json(value, path: str) -> None:
-    """Write a value as JSON; after a crash the file is either the old one or the new one."""
+def read_json(path) -> dict:
+    """The JSON object in a file; InputError where it is missing or malformed."""
     try:
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
-    except OSError as error:                    # not every one of them names the file
-        raise OSError(f"{path}: {error.strerror}") from None
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+        if not isinstance(value, dict):
+            raise ValueError(f"found a {type(value).__name__}")
+        return value
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from None
+    except ValueError as error:
+        raise InputError(f"{path}: not valid JSON, expected an object ({error})") from None
+
+
+def write_json(value, path) -> None:
+    """Write a value as JSON; after a crash the file is either the old one or the new one."""
+    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(f"{path}.tmp", path)

@@ -632,7 +632,7 @@ def plan(args, config: Config, method: Method) -> str:
 # Without --model the demo runs, with settings that suit 3M parameters and two minutes.
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
 DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.jsonl"),
-            test=os.path.join(HERE, "test.jsonl"), dtype="fp32", batch_size=32, lr=5e-4, epochs=4,
+            test=os.path.join(HERE, "test.jsonl"), dtype="fp32", batch_size=32, lr=5e-4, epochs=3,
             english=1.0)
 
 

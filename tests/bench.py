@@ -40,8 +40,7 @@ from model import Config, Transformer, cap, save, write_json  # noqa: E402
 SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
           "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000),
           "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000)}
-SETTINGS = ("model", "data", "method", "dtype", "lc_layer", "et_layer", "device", "compile",
-            "micro_batch_tokens")       # options of train.py
+SETTINGS = "model data method dtype lc_layer et_layer device compile micro_batch_tokens".split()
 
 
 def flags(args, names):

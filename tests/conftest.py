@@ -1,5 +1,7 @@
 """What tests share: tiny random models that transformers wrote, and files that may be missing."""
+import json
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -12,6 +14,10 @@ sys.path.insert(0, str(ROOT))
 from transformers import (AutoModelForCausalLM, Gemma2Config, Gemma2ForCausalLM,  # noqa: E402
                           LlamaConfig, LlamaForCausalLM)
 from transformers.utils import logging  # noqa: E402
+
+import runs  # noqa: E402
+import train  # noqa: E402
+from runs import command, launch, write_data  # noqa: E402
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)        # like the runs that tests start: equal work gives equal bits
@@ -116,10 +122,7 @@ def bend_both_caps(model):
 @pytest.fixture(scope="session")
 def demo_data(tmp_path_factory):
     """Forty parallel records of the demo."""
-    path = tmp_path_factory.mktemp("data") / "forty.jsonl"
-    lines = (ROOT / "demo" / "train.jsonl").read_text(encoding="utf-8").split("\n")[:40]
-    path.write_text("\n".join(lines), encoding="utf-8")
-    return str(path)
+    return write_data(tmp_path_factory.mktemp("data") / "forty.jsonl", 40)
 
 
 @pytest.fixture(scope="session")
@@ -137,4 +140,35 @@ def smollm2():
     folder = os.environ.get("SMOLLM2_DIR")
     if not folder:
         pytest.skip("set SMOLLM2_DIR to a SmolLM2-135M folder")
+    return folder
+
+
+EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
+
+
+@pytest.fixture(scope="session")
+def straight(demo_data, tmp_path_factory):
+    """Eight undisturbed steps in one process, with checkpoints after steps 4 and 8."""
+    out = tmp_path_factory.mktemp("straight") / "run"
+    train.main(command(out, demo_data, *EIGHT))
+    return out
+
+
+def rewind(run, copy):
+    """A copy of such a run as it was when it died a few steps after its checkpoint at 4."""
+    shutil.copytree(run, copy, ignore=shutil.ignore_patterns("model", "step-000008"))
+    return copy
+
+
+@pytest.fixture(scope="session")
+def two_ranks(straight, demo_data, tmp_path_factory):
+    """A folder of runs on two ranks: four steps of each method; the eight steps of `straight`; and
+    their last four, resumed from the checkpoint that one process wrote."""
+    folder = tmp_path_factory.mktemp("two_ranks")
+    commands = [command(folder / "straight", demo_data, *EIGHT),
+                command(rewind(straight, folder / "resumed"), demo_data, *EIGHT)]
+    for method in ("tft", "dft-logits", "dft-feature"):
+        commands.append(command(folder / method, demo_data, "--method", method, "--batch_size", 13,
+                                "--epochs", 1))
+    launch([json.dumps(commands)], ranks=2, program=runs.__file__)
     return folder

@@ -1,11 +1,7 @@
 """The benchmarks: prompts to the letter, scores against slow references, files of every kind."""
-import gzip
 import json
 import math
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -43,7 +39,8 @@ GOLDEN = [
     ("xnli", "ar", NLI, "", [" P, صحيح? نعم, H", " P, صحيح? لذا, H", " P, صحيح? رقم, H"], 1),
     ("xcopa", "zh", dict(premise=" 他来了。", choice1="A.", choice2="B.", question="cause", label="1"),
      "他来了 因为", [" a.", " b."], 1),
-    ("xcopa", "vi", dict(premise="Anh đến.", choice1="Đó.", choice2="B", question="effect", label=0),
+    ("xcopa", "vi", dict(premise="Anh đến.", choice1="Đó.", choice2="B", label=0,
+                         question="effect"),
      "Anh đến vì vậy", [" đó.", " b"], 0),
     ("xstorycloze", "zh", STORY, "一。 二。 三。 四。", [" 甲", " 乙"], 1),
     ("truthfulqa", "en", MC, evaluation.PRIMER + "\n\nQ: Q?\nA:", [" a", " b", " a", " c", " b"],
@@ -79,7 +76,7 @@ def test_prompts_to_the_letter(task, lang, row, context, choices, gold):
     ("mkqa", "ar", "مالك", "مالك بن أنس", 0, 2 / 3),       # but MKQA's authors remove it there
     ("xquad", "en", "البيت", "بيت", 0, 0), ("mkqa", "zh", "北京 城", "北京", 0, 0.8),
     ("mkqa", "zh", "a1", "a", 0, 2 / 3), ("mkqa", "en", "the end", "end", 1, 1),
-    ("xquad", "en", "", "the", 1, 1), ("mlqa", "en", "", "the", 1, 0), ("mkqa", "en", "", "", 1, 1),
+    ("xquad", "en", "", "the", 1, 1), ("mkqa", "en", "", "", 1, 1),
     ("xquad", "en", "x", "", 0, 0), ("mkqa", "zh", "x", "", 0, 0)])
 def test_exact_match_and_f1_of_each_benchmark(rules, lang, text, gold, exact, f1):
     assert matches(rules, lang, text, [gold]) == dict(exact_match=exact, f1=pytest.approx(f1))
@@ -100,7 +97,7 @@ def test_scores_of_an_item():
 
 
 def test_the_standard_error_is_the_sample_deviation_over_the_root_of_n():
-    lines = [dict(acc=v, f1=None) for v in (1.0, 0.0, 0.0, 1.0)]
+    lines = [dict(acc=v, text="x") for v in (1.0, 0.0, 0.0, 1.0)]
     expected = dict(mean=0.5, stderr=pytest.approx(math.sqrt(0.25 / 3)), n=4)
     assert summary("xcopa", "zh", lines) == {"acc": expected}
 
@@ -113,8 +110,8 @@ def test_mkqas_headline_is_its_authors_best_f1():
         lines.append(dict(text=text, gold=gold, **score("mkqa", "vi", Item("", [], gold), text)))
     found = summary("mkqa", "vi", lines)
     assert found["best_f1"] == dict(mean=pytest.approx(3.5 / 5), n=5)
-    assert found["f1"]["mean"] == pytest.approx(3.5 / 5) and found["f1_answerable"]["n"] == 3
-    wrong = [dict(line, text="z", f1=0.0, f1_answerable=0.0) for line in lines]
+    assert found["f1"]["mean"] == pytest.approx(3.5 / 5)
+    wrong = [dict(line, text="z", f1=0.0) for line in lines]
     assert summary("mkqa", "vi", wrong)["best_f1"]["mean"] == pytest.approx(2 / 5)
 
 
@@ -171,14 +168,13 @@ def test_choices_in_one_pass_score_as_choices_one_by_one(family, name):
     asked = []
     for length, lengths in ((1, (9, 9, 9)), (12, (1, 1, 1, 1)), (20, (5, 1, 8)), (3, (2,))):
         ids = [torch.randint(3, 50, (n,), generator=random).tolist() for n in (length, *lengths)]
-        asked.append((ids[0], ids[1:] + ids[1:2]))          # the first choice comes twice
+        asked.append((ids[0], ids[1:]))
     hf = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
-    items = [Item(text_of_ids(context), list(map(text_of_ids, choices)), 0) for context, choices in asked]
+    items = [Item(text_of_ids(ids), list(map(text_of_ids, choices)), 0) for ids, choices in asked]
     for budget in (1, 4096):                                # in batches of one, and all at once
         found = log_likelihoods(subject_of(folder, bos=[1]), items, budget)
         for lls, (context, choices) in zip(found, asked, strict=True):
             assert lls == pytest.approx([slow(hf, [1] + context, c) for c in choices], abs=1e-3)
-            assert lls[0] == lls[-1], "equal choices tie exactly"
 
 
 def test_a_context_that_is_too_long_loses_its_beginning(family):
@@ -232,7 +228,7 @@ FROZEN = json.loads((Path(__file__).parent / "agreement.json").read_text())
 
 def items_of(shared, task):
     """Our items of a task that the harness scored."""
-    return read_test(task, "zh", [str(shared / "data" / "eval" / AGREED[task][0])])[1][:20]
+    return read_test(task, "zh", str(shared / "data" / "eval" / AGREED[task][0]))[1][:20]
 
 
 def test_the_harness_likelihoods_get_the_harness_scores():
@@ -262,7 +258,7 @@ def test_prompts_and_choices_are_the_harness_to_the_letter(shared, task):
 @pytest.mark.parametrize("task, count", dict(xcopa=20, xnli=6, truthfulqa=3, xquad=1).items())
 def test_smollm2_scores_as_in_the_harness(shared, smollm2, task, count):
     subject, items = Subject(smollm2, torch.float32, "cpu"), items_of(shared, task)[:count]
-    lines = evaluation.run_test(subject, dict(task=task, lang="zh"), items)[1]
+    lines = evaluation.run_test(subject, task, "zh", items)
     for n, line in enumerate(lines):
         if task == "xquad":
             frozen = FROZEN["xquad_zh"]["items"][n]
@@ -281,14 +277,12 @@ SQUAD = dict(data=[dict(title="t", paragraphs=[dict(context="C.", qas=[
 OKAPI = dict(instruction="Q?", option_a="1", option_b="2", option_c="3", option_d="4", answer="C")
 KINDS = {                   # every group of files holds the same item
     ("xquad", "en"): {"squad.json": json.dumps(SQUAD), "hub.jsonl": json.dumps(QA) + "\n"},
-    ("xnli", "vi"): {
-        "xtreme.tsv": 'P "x.\tH\tneutral\n',
-        "hub.jsonl": json.dumps({**NLI, "premise": 'P "x.'}),
-        "xnli.dev.tsv": "language\tgold_label\tsentence1\tsentence2\nar\tneutral\tA\tB\n"
-                        'vi\tneutral\tP "x.\tH\n'},
+    ("xnli", "vi"): {"xtreme.tsv": 'P "x.\tH\tneutral\n',
+                     "hub.jsonl": json.dumps({**NLI, "premise": 'P "x.'})},
     ("truthfulqa", "zh"): {"okapi.json": json.dumps([FLAT]), "hub.jsonl": json.dumps(FLAT)},
     ("mmlu", "en"): {"a_b_test.csv": "Q?,1,2,3,4,C\n",
-                     "a_b_val.csv": "question,choice0,choice1,choice2,choice3,answer\nQ?,1,2,3,4,2\n",
+                     "a_b_val.csv": "question,choice0,choice1,choice2,choice3,answer\n"
+                                     "Q?,1,2,3,4,2\n",
                      "hub.jsonl": json.dumps({**MMLU, "subject": "a_b", "choices": list("1234")})},
     ("mmlu", "zh"): {"okapi.json": json.dumps([OKAPI])},
     ("mkqa", "zh"): {"mkqa.jsonl": json.dumps(MKQA) + "\n"},
@@ -300,66 +294,57 @@ def test_files_of_every_kind_and_folders_of_them_give_the_same_item(task, lang, 
     items = []
     for name, text in KINDS[task, lang].items():
         (tmp_path / name).write_text(text, encoding="utf-8")
-        items += read_test(task, lang, [str(tmp_path / name)])[1]
-        (tmp_path / f"{name}.gz").write_bytes(gzip.compress(text.encode()))
-    items += read_test(task, lang, [str(tmp_path)])[1]
-    assert len(items) == 3 * len(KINDS[task, lang]) and all(item == items[0] for item in items)
+        items += read_test(task, lang, str(tmp_path / name))[1]
+    items += read_test(task, lang, str(tmp_path))[1]
+    assert len(items) == 2 * len(KINDS[task, lang]) and all(item == items[0] for item in items)
 
 
 @pytest.mark.parametrize("task, lang, file, count", [
     ("xquad", "zh", "xquad/xquad.zh.json", 1190), ("xquad", "en", "xquad/xquad.en.json", 1190),
     ("xnli", "zh", "xnli/dev-zh.tsv", 2490), ("xnli", "en", "xnli/dev-en.tsv", 2490),
-    ("xcopa", "zh", "xcopa/test.zh.jsonl", 500), ("flores", "en-zh", "flores200", 1012),
+    ("xcopa", "zh", "xcopa/test.zh.jsonl", 500),
     ("truthfulqa", "zh", "m_truthfulqa/zh_validation.json", 788), ("mmlu", "en", "mmlu_en", 371),
     ("mlqa", "zh", "mlqa/dev-context-zh-question-zh.json", 504),
     ("mkqa", "ar", "mkqa/sample.jsonl", 5), ("mmlu", "zh", "m_mmlu/zh_val.json", 1421)])
 def test_no_item_of_a_real_file_is_lost_and_parts_are_warned_of(shared, task, lang, file, count):
-    test, items = read_test(task, lang, [str(shared / "data" / "eval" / file)])
+    test, items = read_test(task, lang, str(shared / "data" / "eval" / file))
     assert len(items) == test["items_in_file"] == count
     whole = file.split("/")[0] not in ("mlqa", "mmlu_en", "m_mmlu", "mkqa")
-    assert (test["warning"] is None) == whole == (test["split"] != "unknown")
-    assert whole or re.search(rf"{count:,} items; \w+ has [\dan ]", test["warning"])
+    assert bool(test["warnings"]) != whole
+    assert whole or f"{count:,} items; published: " in test["warnings"][0]
 
 
-def test_flores_is_read_from_folders_and_two_files_and_json_is_never_a_sentence(tmp_path, monkeypatch):
-    zh, en = ["欧元是法国的货币。", "[1] 你好"], ["The euro is French.", "Hello"]
-
-    def fill(name, files, form):
-        (tmp_path / name).mkdir()
-        for file, texts in zip(files, (zh, en)):
-            (tmp_path / name / file).write_text("\n".join(map(form, texts)) + "\n", encoding="utf-8")
-        return str(tmp_path / name)
-    plain = fill("a", ("zho_Hans.devtest", "eng_Latn.devtest"), str)
-    old = fill("b", ("zho_simpl.devtest", "eng.devtest"), str)
-    plus = fill("c", ("cmn_Hans.jsonl", "eng_Latn.jsonl"), lambda text: json.dumps(dict(id=1, text=text)))
-    two = [f"{plain}/zho_Hans.devtest", f"{plain}/eng_Latn.devtest"]
-    for files in ([plain], [old], [plus], two):
-        items = read_test("flores", "zh-en", files)[1]
-        assert items[0] == Item(f"Chinese sentence: {zh[0]}\nEnglish sentence:", [], [en[0]])
-        assert len(items) == 2
-    (tmp_path / "c" / "cmn_Hans.jsonl").write_text('{"id": 1, "sentence": "x"}\n')
-    (tmp_path / "b" / "eng.devtest").write_text("one\n")
-    for lang, folder, message in (("zh-en", plus, "cmn_Hans.jsonl:1: 'text' is missing"),
-                                  ("vi-en", plain, "expected one file of .*vie_Latn"),
-                                  ("zh-en", old, "2 and 1 sentences, expected equally many")):
-        with pytest.raises(InputError, match=message):
-            read_test("flores", lang, [folder])
-    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(InputError, match="pip install sacrebleu"):
-        read_test("flores", "zh-en", [plain])
+def test_flores_is_read_from_two_files_and_json_is_never_a_sentence(tmp_path, shared):
+    zh, en = tmp_path / "zh", tmp_path / "en"
+    texts = ["欧元是法国的货币。", "[1] 你好"], ["The euro is French.", "Hello"]
+    for form in (str, lambda text: json.dumps(dict(id=1, text=text))):
+        for file, lines in zip((zh, en), texts):
+            file.write_text("\n".join(map(form, lines)) + "\n", encoding="utf-8")
+        items = read_test("flores", "zh-en", str(zh), str(en))[1]
+        prompt = f"Chinese sentence: {texts[0][0]}\nEnglish sentence:"
+        assert len(items) == 2 and items[0] == Item(prompt, [], [texts[1][0]])
+    with pytest.raises(InputError, match="expected --data FILE and --data_en FILE"):
+        read_test("flores", "zh-en", str(zh))
+    zh.write_text("one\n")
+    with pytest.raises(InputError, match="1 and 2 sentences, expected equally many"):
+        read_test("flores", "zh-en", str(zh), str(en))
+    zh.write_text('{"id": 1, "sentence": "x"}\n')
+    with pytest.raises(InputError, match="zh:1: 'text' is missing"):
+        read_test("flores", "zh-en", str(zh), str(en))
+    files = [str(shared / "data" / "eval" / "flores200" / f"{name}.devtest")
+             for name in ("zho_Hans", "eng_Latn")]
+    test, items = read_test("flores", "en-zh", *files)
+    assert len(items) == 1012 and test["warnings"] == []
 
 
 @pytest.mark.parametrize("task, lang, row, text", [
-    ("xnli", "vi", dict(premise="他来了。", hypothesis="不。", label=0), "look like Vietnamese"),
     ("xnli", "zh", dict(premise="Anh ấy đến.", hypothesis="Không.", label=0), "look like Chinese"),
-    ("xnli", "en", dict(premise="Anh ấy đến.", hypothesis="Không.", label=0), "look like English"),
-    ("mlqa", "en", dict(QA, id="56beb4343aeaaa14008c925b"), "the ids are those of XQuAD"),
-    ("xquad", "en", dict(QA, id="a" * 40), "the ids are those of MLQA")])
+    ("xnli", "en", dict(premise="Anh ấy đến.", hypothesis="Không.", label=0), "look like English")])
 def test_a_file_that_is_not_what_the_command_says_is_warned_of(task, lang, row, text, tmp_path):
     path = tmp_path / "file.jsonl"
     path.write_text("\n".join([json.dumps(row)] * 3))
-    warning = read_test(task, lang, [str(path)])[0]["warning"]
-    assert text in warning and "3 items; " in warning and warning.startswith(str(path))
+    language, size = read_test(task, lang, str(path))[0]["warnings"]
+    assert text in language and size == f"{path}: 3 items; published: 2490"
 
 
 def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path):
@@ -369,21 +354,22 @@ def test_a_right_answer_that_is_none_of_the_choices_is_refused(tmp_path):
                             ("d.jsonl", "mlqa", {**QA, "answers": dict(text=[])})]:
         (tmp_path / name).write_text(json.dumps(row))
         with pytest.raises(InputError, match=f"{name}:1: not an item of {task} in en .*its keys: "):
-            read_test(task, "en", [str(tmp_path / name)])
+            read_test(task, "en", str(tmp_path / name))
 
 
 @pytest.mark.parametrize("task", evaluation.TASKS)
 def test_a_wrong_file_is_named_with_what_was_found(task, tmp_path):
-    lang = next(iter(evaluation.TASKS[task].published))
+    lang = next(iter(evaluation.TASKS[task]))
     for name, text in {"wrong.jsonl": '{"this": 1, "that": 2}\n', "wrong.csv": "x,y\n1,2\n",
-                       "empty.json": "[]", "half.json": '{"data": [{"par', "zip.jsonl.gz": "x",
+                       "empty.json": "[]", "half.json": '{"data": [{"par', "binary.jsonl": "\udcff",
                        "null.jsonl": "null", "squad.json": '{"data": [{"paragraphs": 1}]}'}.items():
-        (tmp_path / name).write_text(text)
+        (tmp_path / name).write_text(text, errors="surrogateescape")
+        path = str(tmp_path / name)
         if task != "flores" or name not in ("wrong.csv", "empty.json", "null.jsonl"):
             with pytest.raises(InputError, match=re.escape(name)):
-                read_test(task, lang, [str(tmp_path / name)])
+                read_test(task, lang, path, path)
     with pytest.raises(InputError, match="gone.jsonl: No such file"):
-        read_test(task, lang, [str(tmp_path / "gone.jsonl")])
+        read_test(task, lang, str(tmp_path / "gone.jsonl"), str(tmp_path / "gone.jsonl"))
 
 
 # ---------------------------------------------------------------------------------- the command
@@ -404,16 +390,16 @@ def test_one_task_writes_its_scores_with_all_settings_and_every_item(tmp_path, c
     main(["--model", DEMO, "--task", "xcopa", "--lang", "zh", "--data", f"{tmp_path}/xcopa",
           "--limit", "4", "--out", str(out), "--items", str(items), "--bos", "never", "--template",
           "none", "--dtype", "fp32", "--device", "cpu"])
-    result, printed = json.loads(out.read_text()), capsys.readouterr().out
+    (result,), printed = json.loads(out.read_text()), capsys.readouterr().out
     lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
     accuracy = result.pop("scores")["acc"]
     assert accuracy["n"] == 4 and accuracy["mean"] == sum(line["acc"] for line in lines) / 4
     assert result == dict(
-        task="xcopa", lang="zh", model=DEMO, data=[f"{tmp_path}/xcopa"], limit=4, bos=False,
-        dtype="fp32", template="none", shots=0, split="unknown", items_in_file=5,
-        published_items=500, normaliser=None, spec="lm-evaluation-harness 0.4.13",
-        warning=f"{tmp_path}/xcopa: 5 items; test has 500")
-    assert printed.startswith(f"warning: {result['warning']}\n| model | xcopa.zh acc |\n")
+        task="xcopa", lang="zh", model=DEMO, data=f"{tmp_path}/xcopa", data_en=None, limit=4,
+        bos=False, dtype="fp32", template="none", shots=0, items_in_file=5, published_items=500,
+        spec="lm-evaluation-harness 0.4.13",
+        warnings=[f"{tmp_path}/xcopa: 5 items; published: 500"])
+    assert printed.startswith(f"warning: {result['warnings'][0]}\n| model | xcopa.zh acc |\n")
     assert f"| {DEMO} | {100 * accuracy['mean']:.2f} ± {100 * accuracy['stderr']:.2f} |" in printed
     assert lines[0]["prompt"] == "他来了0 因为" and len(lines[0]["loglikelihoods"]) == 2
 
@@ -422,24 +408,8 @@ def test_several_models_and_tasks_give_one_table_and_one_list(tmp_path, capsys):
     tasks, out = write_tasks(tmp_path), tmp_path / "all.json"
     main(["--model", DEMO, DEMO, "--task", *tasks, "--template", "alpaca", "--out", str(out)])
     results, printed = json.loads(out.read_text()), capsys.readouterr().out.splitlines()
-    assert ("| model | xcopa.zh acc | mkqa.zh exact_match | mkqa.zh f1 | mkqa.zh f1_answerable | "
-            "mkqa.zh best_f1 | xnli.en acc |") in printed
+    assert ("| model | xcopa.zh acc | mkqa.zh exact_match | mkqa.zh f1 | mkqa.zh best_f1 | "
+            "xnli.en acc |") in printed
     assert sum(line.startswith(f"| {DEMO} |") for line in printed) == 2
     assert [r["task"] for r in results] == ["xcopa", "mkqa", "xnli"] * 2
     assert [r["template"] for r in results[:3]] == ["none", "alpaca", "none"]
-
-
-def test_two_ranks_give_what_one_gives(tmp_path):
-    found = []
-    for ranks in ("1", "2"):
-        out, items = tmp_path / f"out{ranks}", tmp_path / f"items{ranks}"
-        done = subprocess.run(
-            [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", ranks,
-             "eval.py", "--model", DEMO, "--task", *write_tasks(tmp_path), "--out", out, "--items", items],
-            capture_output=True, text=True, timeout=120, cwd=ROOT, env={**os.environ, "OMP_NUM_THREADS": "1"})
-        assert done.returncode == 0 and done.stdout.count("| model |") == 1, done.stderr
-        lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
-        lls = [line.pop("loglikelihoods", []) for line in lines]
-        found.append((json.loads(out.read_text()), lines, sum(lls, [])))
-    (one, lines, lls), (two, lines_of_two, lls_of_two) = found
-    assert one == two and lines == lines_of_two and lls_of_two == pytest.approx(lls, abs=1e-4)

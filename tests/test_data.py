@@ -1,12 +1,8 @@
-"""data.py: tokenizers against those of transformers, records against the template, batches.
-
-    python -m pytest tests/test_data.py
-"""
+"""data.py: tokenizers against those of transformers, records against the template, batches."""
+import hashlib
 import json
 import re
 import shutil
-import subprocess
-import sys
 
 import jinja2
 import numpy as np
@@ -30,22 +26,21 @@ TEXTS = [
     "", " ", "  ", "\n", "\n\n", "a", "Hello, world!", " leading", "  two leading", "trailing ",
     "trailing  ", " both ", "a  b   c    d", "a\n b\n  c\n\n\nd", "\t tab\tand\ttab",
     "carriage\r\nreturn\r", "line\u2028separator\u2029here", "\0 \x04\x06 control \x7f",
-    "Don't I'LL we've they're it's O'Neill 'tis", "0 1 23 456 7890 12345678",
-    "1,234.56 + 7 = x2y3", "v1.2.3-rc4", "1 2  3   4", "你好，世界！这是一个测试。",
-    "用 Python 写一个函数，计算 123 的平方。", "全角１２３　空格", "繁體中文與注音ㄅㄆㄇ",
-    "Xin chào thế giới, tiếng Việt có dấu.", "câu tục ngữ «có công mài sắt, có ngày nên kim».",
-    "Decomposed: tie\u0302\u0301ng Vie\u0323\u0302t", "مرحبا بالعالم", "ما هي عاصمة مصر؟ ١٢٣ ٪",
-    "مَرْحَبًا", "😀", "family 👩‍👩‍👧‍👦 flag 🇻🇳 tone 👍🏽", "rare 𠮷 𝔘 ꙮ", "non\u00a0breaking \u200bzero width",
-    "½ Ⅳ ² ①", "def f(x):\n    return x ** 2  # comment\n\n\tif x: pass\n",
-    "<table><tr><td>1</td></tr></table>", "[link](http://a.b/c?d=e&f#g)", "naïve café Привет κόσμε",
-    "~~~ !!! ... --- ((())) {}[] ''\"\" ``` \\n", "ALLCAPS camelCase snake_case",
+    "Don't I'LL we've they're it's O'Neill 'tis", "0 1 23 456 7890 12345678", "1 2  3   4",
+    "1,234.56 + 7 = x2y3", "你好，世界！用 Python 写一个函数，计算 123 的平方。", "全角１２３　空格",
+    "Xin chào thế giới, tiếng Việt có dấu.", "Decomposed: tie\u0302\u0301ng Vie\u0323\u0302t",
+    "ما هي عاصمة مصر؟ ١٢٣ ٪", "مَرْحَبًا", "family 👩‍👩‍👧‍👦 flag 🇻🇳 tone 👍🏽", "rare 𠮷 𝔘 ꙮ",
+    "non\u00a0breaking \u200bzero width", "½ Ⅳ ² ①", "naïve café Привет κόσμε",
+    "def f(x):\n    return x ** 2  # comment\n\n\tif x: pass\n", "[link](http://a.b/c?d=e&f#g)",
+    "<table><tr><td>1</td></tr></table>", "~~~ !!! ... --- ((())) {}[] ''\"\" ``` \\n",
     "### Instruction:\nTranslate.\n\n### Response:",
 ]
-SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "<mask>", "<2mass>", "<start_of_turn>",
-           "<end_of_turn>", "<unused3>", "<unused99>", "[@BOS@]", "<|begin_of_text|>", "<|eot_id|>",
-           "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "[INST]"]
+SPECIAL = ["<s>", "</s>", "<unk>", "<pad>", "<bos>", "<eos>", "<mask>", "<2mass>", "[@BOS@]",
+           "<start_of_turn>", "<end_of_turn>", "<unused3>", "<unused99>", "<|begin_of_text|>",
+           "<|eot_id|>", "<|im_start|>", "<|im_end|>", "<|endoftext|>", "<0x0A>", "[INST]"]
 # <s> and </s> are HTML to Gemma, and have ids as such
-GEMMA_CONTROL = re.compile(r"<(pad|eos|bos|unk|mask|2mass|(start|end)_of_turn|unused\d+)>|\[@BOS@\]")
+GEMMA_CONTROL = re.compile(
+    r"<(pad|eos|bos|unk|mask|2mass|(start|end)_of_turn|unused\d+)>|\[@BOS@\]")
 
 
 def write_folder(folder, file=None, **keys):
@@ -58,37 +53,37 @@ def write_folder(folder, file=None, **keys):
 
 
 def published_llama(file):
-    """The tokenizer.json that is published with LLaMA-2, rebuilt from its tokenizer.model: merges in
-    the order of their scores, a prefix space even before a space. transformers 5's own conversion
-    of a bare tokenizer.model gives other ids for "a  b" and " leading"."""
+    """The tokenizer.json that is published with LLaMA-2, from its tokenizer.model: merges in the
+    order of their scores, a prefix space even before a space. transformers 5's own conversion gives
+    other ids for "a  b" and " leading"."""
     sp = sentencepiece.SentencePieceProcessor(model_file=str(file))
     vocab = {sp.id_to_piece(i): i for i in range(sp.get_piece_size())}
     scores = {piece: sp.get_score(i) for piece, i in vocab.items() if not sp.is_byte(i)}
-    fast = FastTokenizer(models.BPE(vocab=vocab, merges=generate_merges(vocab, scores), fuse_unk=True,
-                                    byte_fallback=True, unk_token="<unk>"))
-    fast.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    merges = generate_merges(vocab, scores)
+    fast = FastTokenizer(models.BPE(vocab=vocab, merges=merges, fuse_unk=True, byte_fallback=True,
+                                    unk_token="<unk>"))
+    steps = [normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")]
+    fast.normalizer = normalizers.Sequence(steps)
     return PreTrainedTokenizerFast(tokenizer_object=fast)
 
 
-@pytest.fixture(scope="session",
-                params=["demo", "stories260K", "llama2", "gemma2", "llama3", "smollm2"])
+@pytest.fixture(scope="session", params=["demo", "llama2", "gemma2", "llama3", "smollm2"])
 def pair(request, tmp_path_factory):
     """(our tokenizer, transformers' for the same files, ids that no plain text may have)."""
     name, folder = request.param, tmp_path_factory.mktemp(request.param)
-    if name == "demo":                              # shipped, so that this much is tested everywhere
-        return Tokenizer(Config.read(str(DEMO))), published_llama(DEMO / "tokenizer.model"), {0, 1, 2}
+    if name == "demo":
+        theirs = published_llama(DEMO / "tokenizer.model")
+        return Tokenizer(Config.read(str(DEMO))), theirs, {0, 1, 2}
     if name == "smollm2":
         folder = request.getfixturevalue("smollm2")
         theirs = AutoTokenizer.from_pretrained(folder)
         return Tokenizer(Config.read(folder)), theirs, set(theirs.added_tokens_decoder)
-    shared = request.getfixturevalue("shared") / "data"
-    if name == "stories260K":
-        folder = shared / "checkpoints" / name
-        return Tokenizer(Config.read(str(folder))), AutoTokenizer.from_pretrained(folder), {0, 1, 2}
-    file = shared / "tokenizers" / name / "tokenizer.model"
+    shared = request.getfixturevalue("shared")
+    file = shared / "data" / "tokenizers" / name / "tokenizer.model"
     if name == "llama2":
-        return Tokenizer(write_folder(folder, file, vocab_size=32000)), published_llama(file), {0, 1, 2}
-    if name == "gemma2":    # as published: tokenizer.model and tokenizer.json, which lists its tokens
+        config = write_folder(folder, file, vocab_size=32000)
+        return Tokenizer(config), published_llama(file), {0, 1, 2}
+    if name == "gemma2":    # as published: tokenizer.model, and tokenizer.json with all its tokens
         config = write_folder(folder, file, vocab_size=256000, bos_token_id=2, eos_token_id=1)
         theirs = GemmaTokenizer.from_pretrained(folder)
         theirs.save_pretrained(folder)
@@ -110,7 +105,7 @@ def test_ids_equal_those_of_transformers_and_decode_to_the_text(pair):
         assert lacking or ours.decode(found) == text
     (ids,) = ours.encode(["Hello, world!"])
     padded = [ours.bos_id, *ids, ours.eos_id, ours.size, ours.size + 5]
-    assert ours.decode(padded) == "Hello, world!"           # no control tokens, no ids beyond the last
+    assert ours.decode(padded) == "Hello, world!"           # no control tokens, no other ids
 
 
 def test_the_text_of_a_special_token_is_plain_text(pair):
@@ -145,45 +140,32 @@ def test_bos_is_added_as_transformers_5_adds_it(tmp_path, post, settings, bos):
     assert Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model")).bos == bos
 
 
-@pytest.mark.parametrize("name", ["demo", "smollm2", "stories260K"])
+@pytest.mark.parametrize("name", ["demo", "smollm2"])
 def test_a_prompt_is_what_transformers_chat_template_gives(request, tmp_path, name):
     if name == "demo":      # without "legacy", transformers 5 has no space before the first word
         write_folder(folder := tmp_path, DEMO / "tokenizer.model")
         settings = json.loads((DEMO / "tokenizer_config.json").read_text())
         (tmp_path / "tokenizer_config.json").write_text(json.dumps({**settings, "legacy": True}))
-    elif name == "smollm2":
-        folder = request.getfixturevalue("smollm2")
     else:
-        folder = request.getfixturevalue("shared") / "data" / "checkpoints" / name
+        folder = request.getfixturevalue("smollm2")
     ours, theirs = Tokenizer(Config.read(str(folder))), AutoTokenizer.from_pretrained(folder)
     assert ours.bos == theirs("x").input_ids[:-1][:1]
     theirs.chat_template = chat_template(bool(ours.bos))
     for question in ("What is this?", "你好吗\n第二行 ", "{{ 1 }} \\n <b> {% x %}", " lead"):
-        messages, row = [{"role": "user", "content": question}], dict(instruction=question, output="!")
+        messages = [{"role": "user", "content": question}]
+        row = dict(instruction=question, output="!")
         (record,), _ = make_records([("row", row)], ours, "target", 512)
-        bos = theirs.bos_token if ours.bos else ""
-        assert theirs.apply_chat_template(messages, tokenize=False) == bos + prompt_text(question, "")
+        text = (theirs.bos_token if ours.bos else "") + prompt_text(question, "")
+        assert theirs.apply_chat_template(messages, tokenize=False) == text
         assert theirs.apply_chat_template(messages, return_dict=False) == record.prompt
-
-
-@pytest.mark.parametrize("roles", [["system", "user"], ["user", "assistant", "user"], ["assistant"]])
-def test_the_chat_template_refuses_what_was_not_trained(roles):
-    theirs = published_llama(DEMO / "tokenizer.model")
-    with pytest.raises(jinja2.exceptions.TemplateError, match="pass exactly one user message"):
+    for roles in (["system", "user"], ["user", "assistant", "user"], ["assistant"]):
         messages = [{"role": role, "content": "text"} for role in roles]
-        theirs.apply_chat_template(messages, chat_template=chat_template(False))
-
-
-def test_tokens_that_transformers_5_added_are_refused_by_name(tmp_path):
-    theirs = AutoTokenizer.from_pretrained(DEMO)
-    theirs.add_tokens(["Bác", "法国", "<think>"])
-    theirs.save_pretrained(tmp_path)                        # a tokenizer.json, no tokenizer.model
-    with pytest.raises(InputError, match=f"{tmp_path}: the tokenizer has an added token, 'Bác'"):
-        Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model"))
+        with pytest.raises(jinja2.exceptions.TemplateError, match="pass exactly one user message"):
+            theirs.apply_chat_template(messages)
 
 
 TOKEN = {"content": "<x>", "special": False}
-ADDED = {"tokenizer.json": {**BPE, "added_tokens": [TOKEN]}, "added_tokens.json": {"<x>": 3200},
+ADDED = {"tokenizer.json": {**BPE, "added_tokens": [TOKEN]},
          "tokenizer_config.json": {"added_tokens_decoder": {"3200": TOKEN}}}
 
 
@@ -195,17 +177,14 @@ def test_an_added_token_is_refused_unless_it_is_special(tmp_path, name):
         Tokenizer(config)
     text = json.dumps(ADDED[name]).replace('"special": false', '"special": true')
     (tmp_path / name).write_text(text)
-    (tmp_path / "special_tokens_map.json").write_text('{"pad_token": "<x>"}')   # of Stanford Alpaca
     assert Tokenizer(config).size == 3200
 
 
 BAD_BPE = {
     "a unigram": {"model": {"type": "Unigram", "vocab": []}}, "LLaMA-2": {"pre_tokenizer": None},
-    "metaspace": {"pre_tokenizer": {"type": "Metaspace"}}, "a normalizer": {"normalizer": {"type": "NFC"}},
+    "metaspace": {"pre_tokenizer": {"type": "Metaspace"}},
+    "a normalizer": {"normalizer": {"type": "NFC"}},
     "a prefix space": {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
-    "no words": {"pre_tokenizer": {**BYTE_LEVEL, "use_regex": False}},
-    "digits together": {"pre_tokenizer": {"pretokenizers": [
-        {"type": "Digits", "individual_digits": False}, BYTE_LEVEL]}},
     "a merge of no token": {"model": {**MODEL, "merges": ["x y"]}},
     "another order of merges": {"model": {**MODEL, "merges": ["th e", "t h"]}},
     "two tokens of one id": {"model": {**MODEL, "vocab": {**VOCAB, "x": 258, "y": 259, "z": 259}}}}
@@ -214,7 +193,7 @@ BAD_BPE = {
 @pytest.mark.parametrize("case", BAD_BPE)
 def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, case):
     (tmp_path / "tokenizer.json").write_text(json.dumps({**BPE, **BAD_BPE[case]}))
-    with pytest.raises(InputError, match="tokenizer.json: expected a byte-level BPE.*LLaMA-2 and Gemma"):
+    with pytest.raises(InputError, match="tokenizer.json: expected a byte-level BPE"):
         Tokenizer(write_folder(tmp_path, vocab_size=259))
 
 
@@ -224,7 +203,7 @@ def test_a_model_has_as_many_ids_as_its_tokenizer_or_a_few_more(tmp_path, size, 
     if fits:
         assert Tokenizer(config).size == 3200
     else:
-        with pytest.raises(InputError, match=f"has 3200 ids, but vocab_size in config.json is {size}"):
+        with pytest.raises(InputError, match=f"3200 ids, but vocab_size in config.json is {size}"):
             Tokenizer(config)
 
 
@@ -232,7 +211,6 @@ def test_a_model_has_as_many_ids_as_its_tokenizer_or_a_few_more(tmp_path, size, 
 
 @pytest.fixture(scope="module")
 def demo():
-    """The tokenizer that is shipped."""
     return Tokenizer(Config.read(str(DEMO)))
 
 
@@ -243,15 +221,20 @@ def example(n=0, **keys):
     """A parallel row; every third has an input."""
     return {"instruction": f"Thủ đô {n} là gì?", "input": f"Nước {n}" * (n % 3 == 0),
             "output": f"Hà Nội {n}", "instruction_en": f"What is capital {n}?",
-            "input_en": f"Country {n}" * (n % 3 == 0), "output_en": f"Hanoi {n}", "lang": "vi", **keys}
+            "input_en": f"Country {n}" * (n % 3 == 0), "output_en": f"Hanoi {n}",
+            "lang": "vi", **keys}
 
 
 def plain(n=0, **keys):
-    return {"instruction": f"Name prime {n}.", "input": "", "output": f"Prime {n}", **keys}
+    return {"instruction": f"Name prime {n}.", "input": None, "output": f"Prime {n}", **keys}
 
 
 def without(row, *keys):
     return {k: v for k, v in row.items() if k not in keys}
+
+
+def english_of(row):
+    return {key.removesuffix("_en"): row[key] for key in ENGLISH}
 
 
 def write(path, rows):
@@ -267,21 +250,17 @@ def records_of(rows, tokenizer, side="both", max_length=512, english_prompt=True
     return make_records(rows, tokenizer, side, max_length, english_prompt)
 
 
-def alpaca(instruction, input):
-    """Stanford Alpaca's prompt (github.com/tatsu-lab/stanford_alpaca, train.py), once more."""
-    if input:
-        return ("Below is an instruction that describes a task, paired with an input that provides "
-                "further context. Write a response that appropriately completes the request.\n\n"
-                f"### Instruction:\n{instruction}\n\n### Input:\n{input}\n\n### Response:")
-    return ("Below is an instruction that describes a task. Write a response that appropriately "
-            f"completes the request.\n\n### Instruction:\n{instruction}\n\n### Response:")
+@pytest.mark.parametrize("input, digest", [("", "cbaf5236ee205dbf"), ("I", "8f7586652fc6e2b8")])
+def test_the_prompt_is_stanford_alpacas_to_the_letter(input, digest):
+    """Digests of the texts in github.com/tatsu-lab/stanford_alpaca, train.py, for instruction Q."""
+    assert hashlib.sha256(prompt_text("Q", input).encode()).hexdigest()[:16] == digest
 
 
 def test_jsonl_and_a_json_array_are_read_alike(tmp_path):
     rows = [example(n, output=f"one\u2028two\u0085{n}") for n in range(5)]
     lines = [json.dumps(row, ensure_ascii=False) for row in rows]
     for text in ("\n".join(lines) + "\n", "\n".join(lines), "\r\n".join(lines) + "\r\n",
-                 "\n\n  \n".join(lines) + "\n\n", json.dumps(rows), "\n " + json.dumps(rows, indent=1)):
+                 "\n\n  \n".join(lines) + "\n\n", "\n " + json.dumps(rows, indent=1)):
         for mark in ("", "\ufeff"):
             (tmp_path / "rows").write_bytes((mark + text).encode("utf-8"))
             assert [row for _, row in read_rows(str(tmp_path / "rows"))] == rows
@@ -289,7 +268,7 @@ def test_jsonl_and_a_json_array_are_read_alike(tmp_path):
 
 def test_two_files_are_joined_by_id_whatever_their_order_and_the_type_of_ids(tmp_path):
     both = [example(n, id=n) for n in range(6)]
-    english = [{k.removesuffix("_en"): row[k] for k in ENGLISH} | {"id": str(row["id"])} for row in both]
+    english = [{**english_of(row), "id": str(row["id"])} for row in both]
     english.append({**english[0], "id": "of no target row"})
     shuffled = [english[n] for n in (4, 0, 6, 2, 5, 1, 3)]
     target = [without(row, *ENGLISH) for row in both]
@@ -299,26 +278,25 @@ def test_two_files_are_joined_by_id_whatever_their_order_and_the_type_of_ids(tmp
 
 def test_two_files_without_ids_are_joined_by_position_and_the_counts_say_so(tmp_path, demo):
     both = [example(0, output_en=""), example(1), example(2)]
-    english = [{k.removesuffix("_en"): row[k] for k in ENGLISH} for row in both]
+    english = [english_of(row) for row in both]
     english[0]["output"] = english[1]["id"] = None          # as pandas writes what is missing
     target = [without(row, *ENGLISH) for row in both]
     joined = read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", english))
     assert [row for _, row in joined] == [{**row, "joined": "by position"} for row in both]
     _, counts = make_records(joined, demo, "both", 512)
     assert str(counts) == ("3 of 3 records kept, joined by position; 2 with an English side; "
-                           "1 without one (1 with a query or an answer only)")
+                           "1 without a whole one")
     assert make_records(read_parallel(str(tmp_path / "vi")), demo, "both", 512)[1].joined == ""
 
 
 BAD_PAIRS = {
-    "different lengths": ([plain(0), plain(1)], [plain(0)], "vi has 2 rows, .*en has 1: without ids"),
-    "ids in one file": ([plain(0, id=0)], [plain(0)], "en:1: no id, but other rows have one"),
-    "a hole": ([plain(id=0), plain(id=1)], [plain(id=0), plain()], "en:2: no id, but other rows"),
-    "two holes": ([plain(id=0), plain()], [plain(id=0), plain()], "vi:2: no id, but other rows"),
+    "different lengths": ([plain(0), plain(1)], [plain(0)], r"vi:1: no id; .*vi \(2\) .*en \(1\)"),
+    "ids in one file": ([plain(0, id=0)], [plain(0)], "en:1: no id; expected ids in all rows"),
+    "a hole": ([plain(id=0), plain(id=1)], [plain(id=0), plain()], "en:2: no id; expected ids"),
+    "two holes": ([plain(id=0), plain()], [plain(id=0), plain()], "vi:2: no id; expected ids"),
     "an id twice": ([plain(id=1)], [plain(id=1), plain(id="1")], "en:2: id '1' occurs twice.*en:1"),
     "an unknown id": ([plain(id="x")], [plain(id=1)], r"vi:1: no row of .*en has its id, 'x'"),
-    "a fraction": ([plain(id=0)], [plain(id=0.0)], "en:1: id is 0.0, expected a whole number or text"),
-    "a truth value": ([plain(id=1)], [plain(id=True)], "en:1: id is true, expected a whole number"),
+    "a fraction": ([plain(id=0)], [plain(id=0.0)], "vi:1: no row of .*en has its id, '0'"),
     "a number as text": ([plain()], [plain(output=7)], "en:1: 'output' is 7, expected text")}
 
 
@@ -332,8 +310,8 @@ def test_two_files_that_do_not_belong_together_are_refused(tmp_path, case):
 def test_a_record_is_bos_prompt_answer_eos_with_its_parts_tokenised_separately(demo):
     for row in (example(0), example(1)):                    # with an input and without
         (record,), counts = records_of([row], demo)
-        texts = [alpaca(row["instruction"], row["input"]), row["output"], row["output_en"],
-                 alpaca(row["instruction_en"], row["input_en"]),
+        texts = [prompt_text(row["instruction"], row["input"]), row["output"], row["output_en"],
+                 prompt_text(row["instruction_en"], row["input_en"]),
                  row["instruction_en"] + ("\n\n" + row["input_en"] if row["input_en"] else "")]
         prompt, answer, answer_en, prompt_en, query_en = demo.encode(texts)
         eos = [demo.eos_id]
@@ -341,16 +319,17 @@ def test_a_record_is_bos_prompt_answer_eos_with_its_parts_tokenised_separately(d
         assert (record.prompt_en, record.answer_en) == (demo.bos + prompt_en, answer_en + eos)
         assert record.query_en == query_en                  # no template, no BOS, no EOS
         assert str(counts) == "1 of 1 records kept; 1 with an English side"
-        for side, half in (("target", (record.prompt, record.answer, record.query)),
-                           ("english", (record.prompt_en, record.answer_en, record.prompt_en_query))):
-            (one_side,), counts = records_of([row], demo, side)
-            assert one_side == Record(*half) and str(counts) == "1 of 1 records kept"
+        target = Record(record.prompt, record.answer, record.query)
+        assert records_of([row], demo, "target")[0] == [target]
+        english = Record(record.prompt_en, record.answer_en, record.prompt_en_query)
+        assert records_of([row], demo, "english")[0] == [english]
 
 
-UNTRANSLATED = {"missing": without(example(1), *ENGLISH),
-                **{str(value): example(1, **dict.fromkeys(ENGLISH, value)) for value in (None, "", " ")}}
+UNTRANSLATED = {"missing": without(example(1), *ENGLISH)}
+for value in (None, "", " "):
+    UNTRANSLATED[str(value)] = example(1, **dict.fromkeys(ENGLISH, value))
 HALF = {"no answer": example(1, output_en=""), "a null answer": example(1, output_en=None),
-        "no query": example(1, instruction_en=" "), "input only": without(example(0), *ENGLISH[::2])}
+        "no query": example(1, instruction_en=" ")}
 
 
 @pytest.mark.parametrize("lang", ["vi", "en", None])
@@ -361,7 +340,6 @@ def test_a_row_without_a_whole_english_side_is_trained_without_it_and_counted(de
     assert [r.query_en is None for r in records] == [False, True, False]
     assert records[1] == records_of(rows[1:2], demo, "target")[0][0]
     assert (counts.kept, counts.parallel, counts.target_only) == (3, 2, 1)
-    assert counts.partial == (case in HALF)
     assert records[2] == records_of([example(2)], demo)[0][0]
 
 
@@ -375,28 +353,12 @@ def test_the_method_sft_trains_on_english_and_on_nothing_else(demo):
     assert demo.decode(records[1].answer) == "Prime 2"
 
 
-@pytest.mark.parametrize("keys", [{}, {"input": None}, {"input_en": None}])
-def test_a_missing_input_is_an_empty_one(demo, keys):
-    row = without(example(1), "input", "input_en")
-    assert records_of([{**row, **keys}], demo)[0] == records_of([example(1)], demo)[0]
-
-
 @pytest.mark.parametrize("keys", [{"output": ""}, {"output": " \n"}, {"instruction": " "}])
 def test_a_row_without_a_query_or_an_answer_is_dropped_and_counted(demo, keys):
     records, counts = records_of([example(0), example(1, **keys), example(2)], demo)
     assert (counts.read, counts.kept, counts.empty, len(records)) == (3, 2, 1, 2)
     with pytest.raises(InputError, match="row 0 .*0 of 1 records kept; 1 dropped: no query or no"):
         records_of([example(1, **keys)], demo)
-
-
-def test_a_long_answer_is_cut_counted_and_loses_its_eos(demo):
-    (whole,), _ = records_of([example(1)], demo)
-    full, prompt = len(whole.prompt + whole.answer), len(whole.prompt)
-    for length, cut in ((full, 0), (full - 1, 1), (prompt + 1, 1)):
-        (record,), counts = records_of([example(1)], demo, "target", length)
-        assert record.answer == whole.answer[:length - prompt]
-        assert (record.answer[-1] == demo.eos_id) == (not cut)
-        assert (counts.cut, counts.kept) == (cut, 1)
 
 
 @pytest.mark.parametrize("key, field", [("instruction_en", "query_en"), ("output_en", "answer_en"),
@@ -427,8 +389,7 @@ def test_a_row_whose_prompt_fills_max_length_is_dropped_if_the_method_uses_that_
         records_of(rows, demo, "target", prompt)
 
 
-@pytest.mark.parametrize("keys", [{}, {"input": "Câu: mèo đen"}, {"instruction": "? ai"},
-                                  {"instruction": "你好吗"}, {"instruction": "hai\n\ndòng"},
+@pytest.mark.parametrize("keys", [{}, {"input": "Câu: mèo đen"}, {"instruction": "你好吗"},
                                   {"instruction": "ما هي العاصمة؟", "input": "مصر"}])
 def test_the_query_span_covers_the_query_with_no_token_to_spare(demo, keys):
     row = example(1, **keys)
@@ -445,12 +406,13 @@ def test_the_query_span_covers_the_query_with_no_token_to_spare(demo, keys):
 
 BAD_FILES = {
     "malformed line": (b'{"instruction": "a"}\n\n{"instruction": \n', "rows:3: malformed JSON"),
-    "malformed array": (b'[{"instruction": "a"}, {]', "rows: malformed JSON"),
-    "a list in a line": (b'{"instruction": "a"}\n["a"]\n', "rows:2: found a list, expected an object"),
+    "malformed array": (b'[{"instruction": "a"}, {]', "rows:1: malformed JSON"),
+    "a list in a line": (b'{"instruction": "a"}\n["a"]\n', "rows:2: found a list, expected"),
     "text in an array": (b'[{"id": 1}, "b"]', r"rows\[1\]: found a str, expected an object"),
-    "a key twice": (b'{"a": 1}\n{"output": 1, "b": 1, "output": 2}', "rows:2: .*'output' occurs twice"),
-    "a key twice in an array": (b'[{"id": 1, "id": 2}]', "rows: .*'id' occurs twice"),
-    "plain text": ("你好。\n".encode(), "rows: begins with '你好.*JSONL or a JSON array"),
+    "a key twice": (b'{"a": 1}\n{"b": 1, "c": 1, "b": 2}', "rows:2: .*'b' occurs twice"),
+    "a key twice in an array": (b'[{"id": 1, "id": 2}]', "rows:1: .*'id' occurs twice"),
+    "plain text": ("你好。\n".encode(), "rows:1: malformed.*expected JSONL or a JSON array"),
+    "CSV": (b"instruction,output\na,b\n", "rows:1: malformed JSON.*convert CSV to JSONL"),
     "blank": (b"\xef\xbb\xbf \n\n", "rows: no records"), "empty array": (b"[]", "rows: no records"),
     "not UTF-8": ('{"instruction": "café"}'.encode("latin-1"), "rows: not UTF-8")}
 
@@ -463,17 +425,6 @@ def test_a_file_that_is_no_list_of_records_is_refused_with_its_place(tmp_path, c
         read_rows(str(tmp_path / "rows"))
     with pytest.raises(InputError, match="nowhere.jsonl: No such file"):
         read_rows(str(tmp_path / "nowhere.jsonl"))
-
-
-def test_a_csv_file_is_converted_by_the_command_of_the_message(tmp_path):
-    row = example(3, output='two\nlines, "quoted"')
-    quoted = ['"' + value.replace('"', '""') + '"' for value in row.values()]
-    (tmp_path / "a.csv").write_text(",".join(row) + "\n" + ",".join(quoted), encoding="utf-8")
-    with pytest.raises(InputError, match="begins with 'instruction,.*JSONL or a JSON array") as error:
-        read_rows(str(tmp_path / "a.csv"))
-    command = str(error.value).split("CSV: ")[1].replace("FILE", "a").replace("python", sys.executable)
-    subprocess.run(command, shell=True, check=True, cwd=tmp_path)
-    assert [row for _, row in read_rows(str(tmp_path / "a.jsonl"))] == [row]
 
 
 BAD_ROWS = {
@@ -512,8 +463,7 @@ def test_the_order_depends_on_seed_and_epoch_and_on_nothing_else():
     assert batch_of(29, 40, 4, 2) == batch_of(2, 40, 40, 2)[-4:]
 
 
-SIZES = {"even": [10] * 12, "ragged": [1, 90, 3, 40, 41, 42, 7, 7, 60, 100, 2],
-         "wide": [60, 60, 60, 55],                          # 235 tokens, but no two fit into 100
+SIZES = {"ragged": [1, 90, 3, 40, 41, 42, 7, 7, 60, 100, 2], "no two fit": [60, 60, 60, 55],
          "oversize": [300, 5, 6, 7, 250], "one": [4], "none": []}
 
 
@@ -529,7 +479,8 @@ def test_micro_batches_hold_every_record_once_within_the_budget(name, ranks):
 
 
 def test_micro_batches_are_few_and_equal_and_some_are_empty_with_few_records():
-    assert len(micro_batches([10] * 12, 100, 1)) == len(micro_batches([10, 40, 50, 90], 100, 1)) == 2
+    assert len(micro_batches([10] * 12, 100, 1)) == 2
+    assert len(micro_batches([10, 40, 50, 90], 100, 1)) == 2
     assert [len(batch) for batch in micro_batches([10] * 12, 100, 4)] == [3] * 4
     assert sorted(map(len, micro_batches([5, 5, 5], 100, 8))) == [0] * 5 + [1] * 3
 

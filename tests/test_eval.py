@@ -1,6 +1,5 @@
 """Answers, exact match by language, the lens and its picture: what eval.py does with a model."""
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -75,30 +74,16 @@ def test_half_a_character_is_not_printed(monkeypatch):
 
 
 @pytest.mark.parametrize("bos", [True, False])
-def test_the_chat_template_decides_the_prompt_wherever_the_folder_is(bos, tmp_path, monkeypatch):
-    """A run's files beside the folder, its name and a link to it change nothing."""
+def test_the_chat_template_decides_the_prompt(bos, tmp_path):
     def alpaca(folder, **more):
         return Subject(str(folder), torch.float32, "cpu", **more).alpaca
-    (tmp_path / "run").mkdir()
-    (tmp_path / "run" / "settings.json").write_text("{}")
-    plain, tuned = tmp_path / "run" / "model", tmp_path / "tuned"
-    shutil.copytree(DEMO, plain)
+    tuned = tmp_path / "tuned"
     shutil.copytree(DEMO, tuned)
+    assert not alpaca(tuned) and alpaca(tuned, template="alpaca")
     (tuned / "chat_template.jinja").write_text(chat_template(bos), encoding="utf-8")
-    (tmp_path / "link").symlink_to(tuned)
-    shutil.copytree(tuned, tmp_path / "copy")
-    assert [alpaca(tmp_path / name) for name in ("tuned", "link", "copy")] == [True] * 3
-    assert not alpaca(plain) and alpaca(plain, template="alpaca")
-    assert not alpaca(tuned, template="none")
-    monkeypatch.chdir(tuned)
-    assert alpaca(".")
-    config = json.loads((tuned / "tokenizer_config.json").read_text())
+    assert alpaca(tuned) and not alpaca(tuned, template="none")
     (tuned / "chat_template.jinja").write_text(chat_template(bos) + " ", encoding="utf-8")
     assert not alpaca(tuned)
-    (tuned / "chat_template.jinja").unlink()
-    config["chat_template"] = chat_template(bos)
-    (tuned / "tokenizer_config.json").write_text(json.dumps(config))
-    assert alpaca(tuned)
 
 
 # ----------------------------------------------------------------------------------- exact match
@@ -111,12 +96,12 @@ def test_the_table_counts_right_answers_and_those_in_the_language_english_last(t
                                          {**questions("en", 1)[0], "lang": "fr"}])
     folders = {"before": DEMO, "after": DEMO}
     table = evaluation.compare(folders, path, "cpu", torch.float32).split("\n")
-    assert table[0] == ("| language | questions | before | after | before, in the language | "
+    assert table[0] == ("| language | questions | before | before, in the language | after | "
                         "after, in the language |")
     assert table[2] == "| ar | 1 | 100.0% | 100.0% | 100.0% | 100.0% |", "words of the right answer"
-    assert table[3] == "| fr | 1 | 100.0% | 100.0% | not judged | not judged |"
-    assert table[4].startswith("| zh | 2 | 0.0% | 0.0% |")
-    assert table[5:] == ["| en (retention) | 3 | 66.7% | 66.7% | 100.0% | 100.0% |"]
+    assert table[3] == "| fr | 1 | 100.0% | not judged | 100.0% | not judged |"
+    assert table[4].startswith("| zh | 2 | 0.0% |")
+    assert table[5:] == ["| en (retention) | 3 | 66.7% | 100.0% | 66.7% | 100.0% |"]
 
 
 @pytest.mark.parametrize("lang, yes, no", [
@@ -182,8 +167,8 @@ def test_answers_that_begin_alike_say_nothing_of_the_english_answer(tmp_path):
 
 
 def draw(folder, *arguments):
-    return subprocess.run([sys.executable, str(ROOT / "demo" / "figures.py"), *arguments], cwd=folder,
-                          capture_output=True, text=True, timeout=120)
+    command = [sys.executable, str(ROOT / "demo" / "figures.py"), *arguments]
+    return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
 def test_pictures_of_two_models_and_of_two_runs(tmp_path):
@@ -217,11 +202,11 @@ def test_pictures_of_two_models_and_of_two_runs(tmp_path):
     (["--data", "x", "--limit", "5"], "--limit, --out and --items: expected --task as well"),
     (["--task", "lens"], "--task lens: expected lens or xnli, .* with --data FILE"),
     (["--task", "squad", "--data", "x"], "--task squad: expected lens or xnli"),
-    (["--task", "xcopa.zh=x", "xnli"], "--task xnli: expected .* each written TASK.LANG=FILE"),
+    (["--task", "xnli", "xcopa.zh=x"], "--task xnli: expected .* each written TASK.LANG=FILE"),
     (["--task", "xcopa", "--lang", "ar", "--data", "x"], "--lang ar: xcopa has zh, vi"),
     (["--task", "flores", "--lang", "zh", "--data", "x"], "--lang zh: flores has en-zh"),
     (["--task", "lens", "--out", "no/such/folder/x"], "no/such/folder/x: expected a file name"),
-    (["--task", "lens", "--items", "."], ".: expected a file name, in a folder that can be written"),
+    (["--task", "lens", "--items", "."], ".: expected a file name, in a folder that"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
 ])
 def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):
@@ -237,12 +222,7 @@ def test_gemma_without_bos_is_refused(family):
 
 def test_exit_codes(tmp_path):
     done = run("--model", str(tmp_path), "--prompt", "x")
-    assert (done.returncode, done.stderr.count("\n")) == (2, 1) and done.stderr.startswith("error: ")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1)
+    assert done.stderr.startswith("error: ")
     done = run("--help")
     assert done.returncode == 0 and "--task xcopa --lang zh --data" in done.stdout
-    read, written = os.pipe()
-    os.close(read)                                          # as `| head` does
-    done = subprocess.run([sys.executable, str(ROOT / "eval.py"), "--model", DEMO, "--prompt", "x"],
-                          stdout=written, stderr=subprocess.PIPE, text=True, timeout=120)
-    os.close(written)
-    assert (done.returncode, done.stderr) == (0, "")

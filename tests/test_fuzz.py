@@ -19,7 +19,7 @@ from conftest import ROOT
 from test_data import BPE
 
 import train
-from data import Tokenizer, make_records, read_parallel
+from data import KEYS, Tokenizer, make_records, read_parallel
 from dft import DFT, Method
 from model import Config, InputError, Packed, Transformer, generate, load, save
 
@@ -70,7 +70,7 @@ def outcome(use, *args):
     return "works"
 
 
-# ----------------------------------------------------------------- what is damaged, and how it is used
+# ------------------------------------------------------------- what is damaged, and how it is used
 
 TINY = dict(vocab_size=40, hidden_size=8, intermediate_size=12, num_hidden_layers=2,
             num_attention_heads=2, num_key_value_heads=1, head_dim=4, max_position_embeddings=64,
@@ -134,7 +134,7 @@ FILES = {"lines": ["rows.jsonl"], "array": ["rows.txt"], "joined": ["1.jsonl", "
 def write_records(root):
     lines = (ROOT / "demo" / "train.jsonl").read_text(encoding="utf-8").split("\n")[:4]
     rows = [json.loads(line) | {"id": n} for n, line in enumerate(lines)]
-    english = [{k.removesuffix("_en"): row[k] for k in row if k[-3:] in ("_en", "id")} for row in rows]
+    english = [{key: row[f"{key}_en"] for key in KEYS} | {"id": row["id"]} for row in rows]
     for name in FILES:
         (root / name).mkdir()
     for file in ("lines/rows.jsonl", "joined/1.jsonl"):

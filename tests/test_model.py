@@ -18,6 +18,9 @@ from model import Config, InputError, Packed, generate, hf_name, load, read_json
 
 FAMILIES = ["llama2", "llama3", "smollm2", "gemma2"]
 LENGTHS = (23, 1, 40, 9)    # 40 is beyond Gemma-2's window of 8 and LLaMA-3's first context of 32
+NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+BIAS, OLD = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 def random_rows(lengths, vocab=97):
@@ -102,8 +105,7 @@ def test_each_segment_of_a_row_equals_a_pass_of_prompt_and_segment(family, name)
     model = load(family(name))
     other, prompt, *ids = random_rows((5, 11, 6, 10, 13))
     packed = pack([other])
-    first = packed.add(prompt, depth=4)
-    depths = (4, 1, 3)
+    first, depths = packed.add(prompt, depth=4), (4, 1, 3)
     segments = [packed.add(one, depth, after=first) for one, depth in zip(ids, depths)]
     h = model(packed, (0, 1, 2, 3, 4))
     assert [len(h[k]) for k in range(5)] == [45, 45, 35, 35, 22]
@@ -199,8 +201,7 @@ def variant(folder, target, change=None, without=(), **entries):
     """A copy of a model folder with other entries in config.json and the tensors of change()."""
     shutil.copytree(folder, target)
     raw = read_json(os.path.join(folder, "config.json")) | entries
-    raw = {key: value for key, value in raw.items() if key not in without}
-    write_json(raw, os.path.join(target, "config.json"))
+    write_json({key: raw[key] for key in raw if key not in without}, f"{target}/config.json")
     if change:
         path = os.path.join(target, "model.safetensors")
         save_file(change(load_file(path)), path, metadata={"format": "pt"})
@@ -219,8 +220,8 @@ def test_transformers_reads_a_saved_model_with_equal_logits(family, name, dtype,
     save(load(family(name)), folder, dtype)
     expected = hf_logits(family(name), dtype=dtype)
     assert torch.equal(hf_logits(folder), expected) and expected.dtype == dtype
-    with safe_open(os.path.join(folder, "model.safetensors"), "pt") as file:
-        assert file.metadata() == {"format": "pt"}      # which transformers 4 requires
+    with safe_open(os.path.join(folder, "model.safetensors"), "pt") as file:    # read by version 4
+        assert file.metadata() == {"format": "pt"} and file.get_tensor(NORM).dtype == dtype
     assert os.listdir(tmp_path) == ["saved"]            # no partial folder is left
 
 
@@ -239,7 +240,8 @@ def test_shards_are_read_by_transformers_and_by_load(family, tmp_path):
 
 
 def test_save_keeps_tokenizer_files_and_end_tokens_and_may_replace_its_own_source(family, tmp_path):
-    folder = variant(family("llama2"), tmp_path / "model", eos_token_id=[2, 96])
+    folder = variant(family("llama2"), tmp_path / "model")
+    write_json({"eos_token_id": [2, 96]}, os.path.join(folder, "generation_config.json"))
     for name in ("tokenizer.model", "tokenizer.json", "old"):
         with open(os.path.join(folder, name), "w") as file:
             file.write(name)
@@ -264,8 +266,9 @@ def test_configs_in_the_form_of_transformers_4_and_5_are_read_and_written(family
     save(load(family(name)), str(tmp_path / "both"))
     both = read_json(str(tmp_path / "both" / "config.json"))
     assert both["rope_theta"] == rope["rope_theta"] and both["rope_parameters"] == rope
-    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
-    assert both["rope_scaling"] == (scaling if name == "llama3" else None)
+    if name == "llama3":
+        assert both["rope_scaling"] | {"rope_theta": 10000.0} == rope
+        assert type(both["rope_scaling"]["original_max_position_embeddings"]) is int
     old = variant(tmp_path / "both", tmp_path / "old", without=("rope_parameters", "dtype"))
     configs = [dataclasses.replace(Config.read(folder), raw={}, folder="")
                for folder in (family(name), str(tmp_path / "both"), old)]
@@ -274,10 +277,6 @@ def test_configs_in_the_form_of_transformers_4_and_5_are_read_and_written(family
 
 
 # ------------------------------------------------------------------------------------- folders in
-
-NORM, GATE = "model.norm.weight", "model.layers.1.mlp.gate_proj.weight"
-HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
-BIAS, OLD = "model.layers.0.self_attn.q_proj.bias", "model.layers.0.self_attn.rotary_emb.inv_freq"
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float16])
@@ -349,10 +348,10 @@ def test_a_git_lfs_pointer_and_an_incomplete_file_are_named(family, tmp_path, co
 
 BAD_CONFIGS = {
     "another family": (dict(model_type="qwen2"), "model_type is 'qwen2', expected llama or gemma2"),
-    "attention bias": (dict(attention_bias=True), "attention_bias=True"),
+    "biases, quantized": (dict(attention_bias=True, quantization_config=dict(bits=4)),
+                          "attention_bias=True, quantization_config="),
     "yarn": (dict(rope_parameters=dict(rope_type="yarn", factor=4.0)), "rope type 'yarn'"),
     "yarn, older": (dict(rope_parameters=None, rope_scaling=dict(type="yarn")), "rope type 'yarn'"),
-    "quantized": (dict(quantization_config=dict(bits=4)), "quantization_config"),
     "another activation": (dict(hidden_act="gelu"), "activation 'gelu'"),
     "no BOS": (dict(bos_token_id=None), "bos_token_id is None"),
     "no EOS": (dict(eos_token_id=None), "eos_token_id is None"),

@@ -1,492 +1,406 @@
-"""Runs that die: what resumes is the same run; what is damaged is passed over; nothing bad is saved."""
+"""Runs that are killed, stopped, damaged or out of space: what is resumed is the same run.
+
+Where it needs no process of its own, a run is a call of train.main(), and what happens to it
+happens before one of its steps or before its export (the fixture `before`).
+"""
+import errno
+import gc
 import json
 import os
+import random
 import resource
+import runpy
 import shutil
 import signal
-import subprocess
 import sys
 import threading
-from collections import Counter
+import time
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
-from runs import DEMO, ROOT, Run, command, launch, metrics, numbers
-from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
+from conftest import EIGHT, rewind
+from runs import (DEMO, ROOT, Run, assert_close_runs, bits, command, launch, metrics, numbers,
+                  tensors)
 
+import data
+import model
 import train
-from data import Tokenizer, batch_of, make_records, read_parallel
-from model import Config, InputError, Transformer, save
+from model import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
+LONG = ("--steps", 5000, "--batch_size", 10, "--save_every", 4)
+LAST = "checkpoints/step-000008"
 
 
-def contents(folder):
-    """{file: contents} of a folder: bytes, tensors as bytes (safetensors orders its header at random), and of
-    state.json only how far the run was, since its settings name the folder."""
-    files = {}
-    for path in Path(folder).iterdir():
-        files[path.name] = path.read_bytes()
-        if path.name == "state.json":
-            files[path.name] = json.loads(files[path.name])["progress"]
-        elif path.suffix == ".safetensors":
-            files[path.name] = {name: t.numpy().tobytes() for name, t in load_file(path).items()}
-    return files
-
-
-def same_run(a, b):
-    """Equal bit for bit: losses of every step, weights, moments, generators, the exported model."""
+def assert_same_run(a, b):
+    """Equal bit for bit: the numbers of every step, weights and moments, the exported model."""
     assert numbers(a) == numbers(b)
-    for folder in ("checkpoints/step-000008", "model"):
-        assert contents(a / folder) == contents(b / folder), folder
+    assert bits(a / LAST) == bits(b / LAST) and bits(a / "model") == bits(b / "model")
 
 
-def close_run(a, b):
-    """Equal within 1e-5: losses of every step, weights."""
-    for x, y in zip(metrics(a), metrics(b), strict=True):
-        assert x["step"] == y["step"] and x["tokens"] == y["tokens"]
-        for key in ("loss", "tft", "lc", "et", "grad_norm"):
-            assert x[key] == pytest.approx(y[key], rel=1e-5), (x["step"], key)
-    x, y = (load_file(run / "model" / "model.safetensors") for run in (a, b))
-    assert max((x[key] - y[key]).abs().max() for key in x) <= 1e-5
+def files(folder):
+    """{path: contents} of all files in a folder."""
+    return {path: path.read_bytes() for path in Path(folder).rglob("*") if path.is_file()}
 
 
-def rewound(run, to):
-    """A copy of a finished run as if it had died after the checkpoint at step 4, some steps on."""
-    shutil.copytree(run, to)
-    shutil.rmtree(to / "model")
-    shutil.rmtree(to / "checkpoints" / "step-000008")
-    return to
+def edit(path, old, new):
+    """Replace a text in a file."""
+    assert old in path.read_text()
+    path.write_text(path.read_text().replace(old, new))
 
 
-@pytest.fixture(scope="module")
-def straight(demo_data, tmp_path_factory):
-    """Eight undisturbed steps in one process, checkpoints at 4 and 8."""
-    out = tmp_path_factory.mktemp("straight") / "run"
-    run = launch(command(out, demo_data, *EIGHT))
-    assert run.returncode == 0, run.stderr
-    return out
+@pytest.fixture(autouse=True)
+def signal_handlers():
+    """A run leaves its own: put those of pytest back."""
+    numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+    kept = [signal.getsignal(number) for number in numbers]
+    yield
+    for number, handler in zip(numbers, kept):
+        signal.signal(number, handler)
 
 
-@pytest.fixture(scope="module")
-def straight2(demo_data, tmp_path_factory):
-    """The same on two ranks."""
-    out = tmp_path_factory.mktemp("straight2") / "run"
-    run = launch(command(out, demo_data, *EIGHT), 2)
-    assert run.returncode == 0, run.stderr
-    return out
+def limit(what, size=resource.RLIM_INFINITY):
+    """Let no file (RLIMIT_FSIZE) or not this process (RLIMIT_AS) grow beyond a size."""
+    resource.setrlimit(what, (size, resource.RLIM_INFINITY))
 
 
-# -------------------------------------------------------------------------------------- the same run
+@pytest.fixture
+def before(monkeypatch):
+    """before[n] = action: act once just before step n, from 1, of a run in this process; or before
+    the "export", when the last checkpoint has been written."""
+    actions = {}
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_killed_run_goes_on_bit_for_bit(ranks, straight, straight2, demo_data, tmp_path):
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, *EIGHT), ranks).until("saved")
+    def batch_of(step, *others):
+        actions.pop(step + 1, bool)()           # bool() does nothing
+        return kept_batch_of(step, *others)
+
+    def save(*args):
+        actions.pop("export", bool)()
+        kept_save(*args)
+
+    kept_batch_of, kept_save = data.batch_of, model.save
+    for module in (data, train):
+        monkeypatch.setattr(module, "batch_of", batch_of)
+    for module in (model, train):
+        monkeypatch.setattr(module, "save", save)
+    return actions
+
+
+@pytest.fixture
+def program(monkeypatch, capsys):
+    """program(arguments) -> (exit code, lines of stderr) of train.py, run as a program in here.
+    Limits that were set meanwhile are lifted."""
+    def run(arguments):
+        monkeypatch.setattr(sys, "argv", ["train.py", *arguments])
+        monkeypatch.setattr(sys, "stdout", sys.stdout)          # the program replaces both
+        monkeypatch.setattr(sys, "stderr", sys.stderr)
+        code = 0
+        try:
+            runpy.run_path(str(ROOT / "train.py"), run_name="__main__")
+        except SystemExit as stop:
+            code = stop.code
+        limit(resource.RLIMIT_FSIZE)
+        limit(resource.RLIMIT_AS)
+        gc.collect()                            # closes files, which unlocks the folder
+        lines = capsys.readouterr().err.splitlines()
+        return code, [line for line in lines if line.strip() and "step/s" not in line]
+    return run
+
+
+# ------------------------------------------------------------------------------------ the same run
+
+def test_a_run_killed_at_any_moment_is_resumed_bit_for_bit(straight, demo_data, tmp_path):
+    out = tmp_path
+    (out / "metrics.jsonl").touch()                             # as a start that was killed leaves
+    (out / "settings.json.tmp").write_text('{"mod')             # the folder
+    run = Run(command(out, demo_data, *EIGHT)).until("saved")
     run.kill()
-    assert run.end().returncode == -signal.SIGKILL and not (out / "model").exists()
+    assert run.end() == -signal.SIGKILL and not (out / "model").exists()
     with open(out / "metrics.jsonl", "ab") as file:
-        file.write(b'{"step": 99, "los')                            # as a crash may leave it
-    again = launch(command(out, demo_data, *EIGHT), ranks)
-    assert again.returncode == 0, again.stderr
-    assert f"resume    from {out}/checkpoints/step-00000" in again.stdout
-    same_run(out, straight2 if ranks else straight)
+        file.write(b'{"step": 99, "los')                        # as a crash may leave it
+    again, moment = Run(command(out, demo_data, *EIGHT)), random.uniform(0, 5)
+    threading.Timer(moment, again.kill).start()
+    again.end()
+    print(f"killed again after {moment} seconds")
+    train.main(command(out, demo_data, *EIGHT))
+    assert_same_run(out, straight)
 
 
-@pytest.mark.parametrize("ranks", [None, 2])
-def test_a_run_goes_on_with_another_number_of_ranks(ranks, straight, straight2, demo_data, tmp_path, capsys):
-    out = rewound(straight2 if ranks is None else straight, tmp_path / "run")
-    if ranks is None:
-        train.main(command(out, demo_data, *EIGHT))
-        said = capsys.readouterr().out
-    else:
-        again = launch(command(out, demo_data, *EIGHT), ranks)
-        assert again.returncode == 0, again.stderr
-        said = again.stdout
-    assert "after step 4" in said
-    close_run(out, straight)
+def test_torchrun_restarts_ranks_that_are_killed(two_ranks, demo_data, tmp_path):
+    out, restarts = tmp_path / "run", ["--standalone", "--max-restarts", 1]
+    run = Run(command(out, demo_data, *EIGHT), 2, restarts)
+    os.kill(run.until("saved").ranks()[0], signal.SIGKILL)
+    assert run.until("resume    from").end() == 0, run.output
+    assert_same_run(out, two_ranks / "straight")
 
 
-def test_a_checkpoint_written_meanwhile_equals_one_written_at_once(straight2, demo_data, tmp_path):
-    out = tmp_path / "run"
-    done = launch(command(out, demo_data, *EIGHT, "--save_async", "yes"), 2)
-    assert done.returncode == 0, done.stderr
-    assert contents(out / "checkpoints/step-000004") == contents(straight2 / "checkpoints/step-000004")
-    same_run(out, straight2)
-
-
-def test_a_checkpoint_written_late_holds_the_step_at_which_it_was_asked_for(straight, demo_data, tmp_path,
-                                                                            monkeypatch):
-    """The writer begins only when a later step has changed the weights."""
-    stepped, late = threading.Event(), []
-    write, step = train.dcp.HuggingFaceStorageWriter.write_data, torch.optim.AdamW.step
-
-    def write_later(self, *args):
-        if not late:
-            stepped.clear()
-            late.append(stepped.wait(60))
-        return write(self, *args)
-    monkeypatch.setattr(train.dcp.HuggingFaceStorageWriter, "write_data", write_later)
-    monkeypatch.setattr(torch.optim.AdamW, "step", lambda self, *args: (step(self, *args), stepped.set()))
-    train.main(command(tmp_path / "run", demo_data, *EIGHT, "--save_async", "yes", "--lr", "1e-4"))
-    assert late == [True]
-    run, other = (load_file(out / "checkpoints/step-000004/shard-00001-model-00002-of-00007.safetensors")
-                  for out in (tmp_path / "run", straight))
-    assert all((run[name] - other[name]).abs().max() < 1e-5 for name in other)      # a step moves 1e-4
+def test_a_run_is_resumed_by_another_number_of_ranks(straight, two_ranks, demo_data, tmp_path):
+    """And with other settings that do not change the result."""
+    two_to_one, copy = rewind(two_ranks / "straight", tmp_path / "run"), tmp_path / "copy"
+    shutil.copy(demo_data, copy)
+    train.main(command(two_to_one, copy, *EIGHT, "--micro_batch_tokens", 300, "--keep", 5))
+    for out, first in ((two_to_one, two_ranks / "straight"), (two_ranks / "resumed", straight)):
+        assert numbers(out)[:4] == numbers(first)[:4] and numbers(out)[4:] != numbers(first)[4:]
+        assert_close_runs(out, straight)
 
 
 def test_replicas_and_host_memory_compute_the_same_run(straight, demo_data, tmp_path):
-    """Four ranks as 2 replicas of 2 shards, weights and AdamW in host memory; the last four steps on one."""
-    out = tmp_path / "run"
-    done = launch(command(out, demo_data, *EIGHT, "--replicas", 2, "--cpu_offload"), 4)
-    assert done.returncode == 0, done.stderr
-    close_run(out, straight)
-    train.main(command(rewound(out, tmp_path / "again"), demo_data, *EIGHT))
-    close_run(tmp_path / "again", straight)
+    """Four ranks: two replicas, each in two shards, with weights and moments in host memory."""
+    launch(command(tmp_path / "run", demo_data, *EIGHT, "--replicas", 2, "--cpu_offload"), 4)
+    assert_close_runs(tmp_path / "run", straight)
 
 
-def test_random_numbers_go_on_too(demo_data, tmp_path, monkeypatch):
-    """A step draws none today; one that draws, as dropout would, draws the same after a stop."""
-    drawn, kept = [], train.learning_rate
-    monkeypatch.setattr(train, "learning_rate", lambda *args: drawn.append(torch.rand(()).item()) or kept(*args))
-    train.main(command(tmp_path / "a", demo_data, *EIGHT))
-    train.main(command(rewound(tmp_path / "a", tmp_path / "b"), demo_data, *EIGHT))
-    assert len(set(drawn[:8])) == 8 and drawn[8:] == drawn[4:8]
+# ----------------------------------------------------------------------------------------- signals
+
+def test_a_signal_ends_a_run_after_its_step_with_a_checkpoint(straight, demo_data, tmp_path, capsys,
+                                                              before):
+    for step, number in ((2, signal.SIGTERM), (5, signal.SIGUSR1), (7, signal.SIGINT)):
+        before[step] = partial(os.kill, os.getpid(), number)
+        train.main(command(tmp_path, demo_data, *EIGHT))
+        assert f"stopped   by a signal after step {step} of 8" in capsys.readouterr().out
+        assert train.checkpoints(tmp_path)[-1].endswith(f"step-00000{step}")
+        assert not (tmp_path / "model").exists()
+    before["export"] = partial(os.kill, os.getpid(), signal.SIGTERM)        # does not disturb it
+    train.main(command(tmp_path, demo_data, *EIGHT))
+    assert_same_run(tmp_path, straight)
 
 
-# -------------------------------------------------------------------------------------- signals, restarts
-
-@pytest.mark.parametrize("ranks, number", [(2, signal.SIGTERM), (None, signal.SIGUSR1)])
-def test_a_signal_to_one_rank_saves_and_ends_all_with_0(ranks, number, demo_data, tmp_path):
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4), ranks)
-    run.until("saved")
-    os.kill(run.pid_of(1) if ranks else run.pid, number)
-    assert run.end().returncode == 0, run.stderr
-    step = len(metrics(out))
-    assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout.splitlines()[-1]
-    assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}") and not (out / "model").exists()
+@pytest.mark.parametrize("number, code", [(signal.SIGUSR1, 0), (signal.SIGINT, 1)])
+def test_a_signal_to_one_rank_or_to_torchrun_ends_all(number, code, demo_data, tmp_path):
+    """torchrun reports its own interruption, but not before the ranks have saved."""
+    run = Run(command(tmp_path, demo_data, *LONG), 2).until("saved")
+    os.kill(run.ranks()[1] if number == signal.SIGUSR1 else run.pid, number)
+    assert run.end() == code, run.output
+    step = len(metrics(tmp_path))
+    assert f"stopped   by a signal after step {step:,} of 5,000" in run.output
+    assert train.checkpoints(tmp_path)[-1].endswith(f"step-{step:06d}")
 
 
-def test_a_signal_to_torchrun_itself_saves_before_it_ends(demo_data, tmp_path):
-    """As SLURM sends it to all processes of a step; torchrun hands it on."""
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4), 2,
-              ["--standalone", "--signals-to-handle", "SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1"]).until("saved")
-    for pid in (*run.children(), run.pid):
-        os.kill(pid, signal.SIGUSR1)
-    run.end()
-    step = len(metrics(out))
-    assert f"stopped   by a signal after step {step:,} of 5,000" in run.stdout
-    assert train.checkpoints(out)[-1].endswith(f"step-{step:06d}")
+def test_a_second_interrupt_ends_a_run_at_once(demo_data, tmp_path, monkeypatch, before, program):
+    """Not one within a second, which torchrun may repeat."""
+    def interrupt():
+        now = time.monotonic()
+        for seconds in (0, 0.5, 2):
+            monkeypatch.setattr(time, "monotonic", lambda: now + seconds)
+            os.kill(os.getpid(), signal.SIGINT)
+            passed.append(seconds)
+
+    before[6], passed = interrupt, []
+    code, err = program(command(tmp_path, demo_data, *EIGHT))
+    assert code == 130 and passed == [0, 0.5] and "resumes from the last checkpoint" in err[-1]
+    assert train.checkpoints(tmp_path) == [f"{tmp_path}/checkpoints/step-000004"]
 
 
-def test_torchrun_restarts_a_run_whose_ranks_are_killed(straight2, demo_data, tmp_path):
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, *EIGHT, "--save_every", 2), 2, ["--standalone", "--max-restarts", "3"])
-    os.kill(run.until("saved").pid_of(1), signal.SIGKILL)
-    os.kill(run.until("resume    from").until("saved").pid_of(0), signal.SIGKILL)
-    assert run.until("resume    from").end().returncode == 0, run.stderr
-    same_run(out, straight2)
+# ----------------------------------------------------------------------------- settings and folders
 
-
-def test_restarts_need_a_folder_and_a_way_to_find_one_another(tmp_path, monkeypatch):
-    for key, value in dict(RANK="0", TORCHELASTIC_MAX_RESTARTS="3", TORCHELASTIC_USE_AGENT_STORE="True").items():
-        monkeypatch.setenv(key, value)
-    with pytest.raises(InputError, match="--max-restarts needs --out"):
-        train.main(["--device", "cpu"])
-    with pytest.raises(InputError, match="--standalone .*TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1"):
-        train.main(["--device", "cpu", "--out", str(tmp_path)])
-
-
-# -------------------------------------------------------------------------------------- what may differ
-
-def test_a_setting_that_changes_the_result_is_refused_with_both_values(straight, demo_data, tmp_path):
-    out = rewound(straight, tmp_path / "run")
-    before = contents(out / "checkpoints/step-000004"), (out / "metrics.jsonl").read_bytes()
-    other = tmp_path / "other.jsonl"
-    other.write_text(Path(demo_data).read_text(encoding="utf-8").replace("?", "!", 1), encoding="utf-8")
-    for more, words in [(["--lr", "2e-4"], "--lr is 0.0002, but .*settings.json has 0.0001"),
-                        (["--steps", 9], "number of steps is 9, but .* has 8"),
-                        (["--method", "tft"], "--method is tft, but .* has dft-logits"),
-                        (["--lc_layer", 2], "--lc_layer is 2, but .* has 1"),
-                        (["--dtype", "bf16"], "--dtype is bf16, but .* has fp32"),
-                        (["--seed", 1], "--seed is 1, but .* has 0"),
-                        (["--data", other], "digest of the tokenized data is .*, but .* has"),
-                        (["--resume", "never"], "holds checkpoints, metrics.jsonl, settings.json")]:
+def test_a_setting_that_changes_the_result_is_refused_with_both_values(straight, demo_data,
+                                                                       tmp_path):
+    out, other = rewind(straight, tmp_path / "run"), tmp_path / "other"
+    shutil.copytree(DEMO, other)
+    edit(other / "config.json", '"rms_norm_eps": 1e-05', '"rms_norm_eps": 1e-06')
+    (tmp_path / "data").write_text(Path(demo_data).read_text().replace("?", "!", 1))
+    before = files(out)
+    for more, words in [(["--lr", "2e-4"], "--lr is 0.0002, but 0.0001 in .*settings.json"),
+                        (["--steps", 9], "the number of steps is 9, but 8 in"),
+                        (["--method", "tft"], "--method is tft, but dft-logits in"),
+                        (["--lc_layer", 2], "--lc_layer is 2, but 1 in"),
+                        (["--dtype", "bf16"], "--dtype is bf16, but fp32 in"),
+                        (["--seed", 1], "--seed is 1, but 0 in"),
+                        (["--data", tmp_path / "data"], "digest of the tokenized data is .*, but"),
+                        (["--model", other], "digest of the model's configuration is .*, but")]:
         with pytest.raises(InputError, match=words):
             train.main(command(out, demo_data, *EIGHT, *more))
-    assert before == (contents(out / "checkpoints/step-000004"), (out / "metrics.jsonl").read_bytes())
+    assert files(out) == before
+    edit(out / "settings.json", '"lr": 0.0001', '"lr": 0.0002')
+    with pytest.raises(InputError, match="--lr is 0.0002, but 0.0001 in .*step-000004/state.json"):
+        train.main(command(out, demo_data, *EIGHT, "--lr", "2e-4"))
 
 
-def test_a_setting_that_does_not_change_the_result_may_differ(straight, demo_data, tmp_path):
-    out = rewound(straight, tmp_path / "run")
-    copy = tmp_path / "copy.jsonl"
-    shutil.copy(demo_data, copy)
-    train.main(command(out, copy, *EIGHT, "--micro_batch_tokens", 300, "--keep", 5, "--activation_checkpointing"))
-    close_run(out, straight)
+def test_layers_that_were_chosen_are_stored_and_not_chosen_again(straight, demo_data, tmp_path,
+                                                                 monkeypatch):
+    out = rewind(straight, tmp_path / "run")
+    monkeypatch.delattr(train, "read_layers")
+    train.main(command(out, demo_data, *EIGHT, "--lc_layer", "auto", "--et_layer", "auto"))
+    assert_same_run(out, straight)
 
 
-def test_layers_that_were_chosen_are_not_chosen_anew(demo_data, tmp_path, capsys):
-    asked = command(tmp_path / "run", demo_data, "--steps", 2, "--batch_size", 4, "--save_every", 1)
-    train.main([*asked, "--lc_layer", "2", "--et_layer", "4"])                  # auto would take 1 and 3
-    shutil.rmtree(tmp_path / "run/model")
-    train.main([*asked, "--lc_layer", "auto", "--et_layer", "auto"])
-    settings = json.loads((tmp_path / "run/settings.json").read_text())
-    assert (settings["lc_layer"], settings["et_layer"]) == (2, 4) and "auto:" not in capsys.readouterr().out
+def test_a_second_process_in_a_folder_is_refused_and_changes_nothing(straight, demo_data, tmp_path,
+                                                                     before):
+    def start_another():
+        contents = files(tmp_path)
+        with pytest.raises(InputError, match="another process trains in it"):
+            train.main(command(tmp_path, demo_data, *EIGHT, "--lr", "2e-4"))
+        assert files(tmp_path) == contents
+
+    before[5] = start_another                   # while the first is about to make its fifth step
+    train.main(command(tmp_path, demo_data, *EIGHT))
+    assert_same_run(tmp_path, straight)
 
 
-def test_a_finished_run_is_said_to_be_finished_and_left_alone(straight, demo_data, tmp_path, capsys):
+@pytest.mark.parametrize("name", ["thesis.txt", "metrics.jsonl", "checkpoints/step-000004"])
+def test_a_folder_with_other_files_is_refused_and_not_touched(name, demo_data, tmp_path):
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    (tmp_path / name).write_text("precious")
+    with pytest.raises(InputError, match=f"has {name.split('/')[0]} but no settings.json"):
+        train.main(command(tmp_path, demo_data, *EIGHT))
+    assert list(files(tmp_path).values()) == [b"precious"]
+
+
+def test_a_finished_run_is_reported_again_and_not_changed(straight, demo_data, capsys):
+    before = files(straight)
+    train.main(command(straight, demo_data, *EIGHT))
+    printed = capsys.readouterr().out
+    assert "this run is complete" in printed and f"The model is in {straight}/model" in printed
+    assert files(straight) == before
+
+
+def test_only_the_newest_checkpoints_are_kept(demo_data, tmp_path):
+    for every, names in ((2, ["step-000004", "step-000005"]), (0, ["step-000005"])):
+        out = tmp_path / str(every)
+        train.main(command(out, demo_data, "--steps", 5, "--batch_size", 1, "--save_every", every))
+        assert sorted(os.listdir(out / "checkpoints")) == names
+
+
+# ------------------------------------------------------------------------------------------ damage
+
+def damage(folder, kind):
+    shard, state = folder / "shard-00001-model-00003-of-00007.safetensors", folder / "state.json"
+    if kind == "a flipped bit":
+        contents = bytearray(shard.read_bytes())
+        contents[-100] ^= 1
+        shard.write_bytes(contents)
+    elif kind == "a lost file":
+        shard.unlink()
+    elif kind == "a file too many":             # as of a second rank
+        shutil.copy(shard, str(shard).replace("shard-00001", "shard-00002"))
+    elif kind == "a torn state.json":
+        state.write_bytes(state.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize("kind", ["a flipped bit", "a lost file", "a file too many",
+                                  "a torn state.json"])
+def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, straight, demo_data, tmp_path,
+                                                            capsys):
     out = tmp_path / "run"
-    shutil.copytree(straight, out)
+    shutil.copytree(straight, out, ignore=shutil.ignore_patterns("model"))
+    damage(out / LAST, kind)
     train.main(command(out, demo_data, *EIGHT))
-    assert f"finished: the model is in {out}/model" in capsys.readouterr().out
-    same_run(out, straight)
+    printed = capsys.readouterr().out
+    assert f"warning   {out / LAST} is skipped" in printed
+    assert f"resume    from {out}/checkpoints/step-000004, after step 4" in printed
+    assert_same_run(out, straight)
 
 
-def test_two_processes_cannot_train_in_one_folder(demo_data, tmp_path):
-    out = tmp_path / "run"
-    long = command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4)
-    first = Run(long).until("saved")
-    second = launch(long)
-    assert second.returncode == 2 and "another process trains in it" in second.stderr.splitlines()[-1]
-    first.until("saved").kill()
-    first.end()
-
-
-def test_only_the_newest_checkpoints_are_kept(demo_data, tmp_path, capsys):
-    train.main(command(tmp_path / "a", demo_data, "--steps", 7, "--batch_size", 4, "--save_every", 2))
-    assert sorted(os.listdir(tmp_path / "a/checkpoints")) == ["step-000004", "step-000006"]
-    train.main(command(tmp_path / "b", demo_data, "--steps", 3, "--batch_size", 4, "--save_every", 0))
-    assert not (tmp_path / "b/checkpoints").exists()
-
-
-# -------------------------------------------------------------------------------------- damage
-
-def flip(path, at=-100):
-    data = bytearray(path.read_bytes())
-    data[at] ^= 1
-    path.write_bytes(data)
-
-
-@pytest.mark.parametrize("damage", [
-    lambda folder: flip(folder / "shard-00001-model-00003-of-00007.safetensors"),
-    lambda folder: flip(folder / "state.json", 30),
-    lambda folder: (folder / "shard-00001-model-00003-of-00007.safetensors").unlink(),
-    lambda folder: (folder / "shard-00001-model-00003-of-00007.safetensors").write_bytes(b"{}" * 100),
-    lambda folder: (folder / "state.json").unlink(),
-    lambda folder: (folder / "state.json").write_text("[]"),
-    lambda folder: (shutil.copy(folder / "shard-00001-model-00003-of-00007.safetensors",
-                                folder / "shard-00002-model-00003-of-00007.safetensors"),
-                    os.rename(folder, str(folder) + ".partial")),       # of two ranks
-    lambda folder: shutil.copy(folder / "shard-00001-model-00003-of-00007.safetensors",
-                               folder / "shard-00002-model-00003-of-00007.safetensors"),
-], ids=["a flipped bit", "a flipped bit in state.json", "a file gone", "a file overwritten", "state.json gone",
-        "state.json empty", "never finished", "a file too many"])
-def test_a_damaged_checkpoint_is_said_and_passed_over(damage, straight, demo_data, tmp_path, capsys):
-    out = tmp_path / "run"
-    shutil.copytree(straight, out)
-    shutil.rmtree(out / "model")
-    damage(out / "checkpoints/step-000008")
-    train.main(command(out, demo_data, *EIGHT))
-    said = capsys.readouterr().out
-    assert any("step-000008" in line and "passes over" in line
-               for line in said.splitlines())
-    assert f"resume    from {out}/checkpoints/step-000004, after step 4" in said
-    same_run(out, straight)
-
-
-def test_a_lost_shard_of_the_first_rank_is_noticed_too(straight2, demo_data, tmp_path, capsys):
-    """torch.distributed.checkpoint would leave its rows as they are, since the second rank's tell the shape."""
-    out = tmp_path / "run"
-    shutil.copytree(straight2, out)
-    shutil.rmtree(out / "model")
-    (out / "checkpoints/step-000008/shard-00001-model-00003-of-00007.safetensors").unlink()
-    train.main(command(out, demo_data, *EIGHT))
-    assert "after step 4" in capsys.readouterr().out
-    close_run(out, straight2)
-
-
-def test_damaged_checkpoints_alone_are_refused_and_kept(straight, demo_data, tmp_path):
-    out = rewound(straight, tmp_path / "run")
-    flip(out / "checkpoints/step-000004/shard-00001-model-00001-of-00007.safetensors")
-    with pytest.raises(InputError, match="no checkpoint in it is whole; remove .* to begin anew"):
+def test_a_run_with_only_damaged_checkpoints_is_refused_and_kept(straight, demo_data, tmp_path):
+    out = rewind(straight, tmp_path / "run")
+    damage(out / "checkpoints/step-000004", "a flipped bit")
+    before = files(out / "checkpoints")
+    with pytest.raises(InputError, match="none of its checkpoints is intact; remove .*checkpoints"):
         train.main(command(out, demo_data, *EIGHT))
-    assert (out / "checkpoints/step-000004/state.json").exists() and len(metrics(out)) == 8
+    assert files(out / "checkpoints") == before and len(metrics(out)) == 8
 
 
-def test_settings_that_are_no_settings_are_refused(demo_data, tmp_path):
-    for text in ("[]", "{}", "{", '{"lc_layer": 1, "et_layer": 3}'):
-        (tmp_path / "settings.json").write_text(text)
-        with pytest.raises(InputError, match="settings.json"):
-            train.main(command(tmp_path, demo_data, *EIGHT))
+# -------------------------------------------------------------------------- numbers, disk, memory
+
+def test_a_step_that_is_not_finite_is_skipped_and_counted(demo_data, tmp_path, monkeypatch, capsys):
+    def clip(parameters, limit):
+        norms.append(kept(parameters, limit) * (torch.inf if len(norms) == 1 else 1))
+        return norms[-1]
+
+    kept, norms = torch.nn.utils.clip_grad_norm_, []
+    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
+    train.main(command(tmp_path, demo_data, *EIGHT, "--save_every", 1, "--keep", 9))
+    lines, printed = metrics(tmp_path), capsys.readouterr().out
+    assert [line["skipped"] for line in lines] == [0, 1, 1, 1, 1, 1, 1, 1]
+    assert lines[1]["loss"] is None and lines[1]["grad_norm"] is None
+    assert "skipped   step 2: loss or gradient not finite, 1 in a row" in printed
+    assert "skipped   1 of 8 steps" in printed
+    assert [path[-1] for path in train.checkpoints(tmp_path)] == list("1345678")
+    state = json.loads((tmp_path / LAST / "state.json").read_text())
+    assert state["progress"] == dict(step=8, updates=7, bad=0)
 
 
-# -------------------------------------------------------------------------------------- numbers gone bad
-
-@pytest.fixture
-def poisoned(demo_data, tmp_path):
-    """A model in which one token, of one record alone, has an embedding so large that gradients overflow."""
-    folder = tmp_path / "poisoned"
-    shutil.copytree(DEMO, folder)
-    records, _ = make_records(read_parallel(demo_data), Tokenizer(Config.read(DEMO)), "both", 512)
-    seen = Counter(token for r in records for token in {*r.prompt, *r.answer, *r.query_en, *r.answer_en})
-    token = next(token for token, times in seen.items() if times == 1)
-    state = load_file(folder / "model.safetensors")
-    state["lm_head.weight"] = state["model.embed_tokens.weight"].clone()        # the head stays as it was
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "tie_word_embeddings": False}))
-    state["model.embed_tokens.weight"][token] = 3e38
-    save_file(state, folder / "model.safetensors", metadata={"format": "pt"})
-    return str(folder)
+def test_too_many_bad_steps_end_the_run_and_name_the_last_checkpoint(demo_data, tmp_path, program):
+    """After the first step at a learning rate of 1e15, every loss overflows."""
+    code, err = program(command(tmp_path, demo_data, "--steps", 99, "--batch_size", 4, "--lr",
+                                "1e15", "--max_bad_steps", 3, "--save_every", 1))
+    last = tmp_path / "checkpoints/step-000001"
+    assert code == 1 and len(err) == 1 and err[0].startswith(
+        f"error: step 4: loss or gradient not finite, 3 in a row; the last checkpoint is {last}; ")
+    assert all(tensor.isfinite().all() for tensor in tensors(last).values())
 
 
-def test_a_step_that_is_not_finite_is_skipped_counted_and_said(poisoned, demo_data, tmp_path, capsys):
-    """One epoch of four steps meets the record once; the other three steps train."""
-    out = tmp_path / "run"
-    train.main(command(out, demo_data, "--model", poisoned, "--steps", 4, "--batch_size", 10, "--seed", 1, "--save_every", 1,
-                       "--keep", 9))
-    lines, said = metrics(out), capsys.readouterr().out
-    bad, = [line["step"] for line in lines if line["loss"] is None]
-    assert [line["skipped"] for line in lines] == [int(step >= bad) for step in (1, 2, 3, 4)]
-    assert f"skipped   step {bad}: loss or gradient is not finite; 1 in a row, 1 in all" in said
-    assert "1 of 4 steps were skipped" in said
-    assert [folder[-1] for folder in train.checkpoints(out)] == [str(s) for s in (1, 2, 3, 4) if s != bad]
-    progress = json.loads(Path(train.checkpoints(out)[-1], "state.json").read_text())["progress"]
-    assert progress == dict(step=4, updates=3, bad=0)
-    model = load_file(out / "model" / "model.safetensors")
-    assert all(t.isfinite().all() for t in model.values())
+def refuse(*args):
+    raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
 
-def test_too_many_bad_steps_end_the_run_and_name_the_last_good_checkpoint(demo_data, tmp_path):
-    out = tmp_path / "run"
-    done = launch(command(out, demo_data, "--steps", 99, "--batch_size", 40, "--max_bad_steps", 3, "--lr", "1e15",
-                          "--save_every", 1))
-    assert done.returncode == 1 and "Traceback" not in done.stderr
-    assert "not finite 3 steps in a row; the last checkpoint is " in done.stderr.splitlines()[-1]
-    for folder in train.checkpoints(out):
-        for file in Path(folder).glob("*.safetensors"):
-            assert all(t.isfinite().all() for t in load_file(file).values())
-    assert not (out / "model").exists() and len(train.checkpoints(out)) > 0
+@pytest.mark.parametrize("fault, moment, last", [("full", 8, 4), ("gone", 8, 4),
+                                                 ("read-only", 8, 4), ("full", "export", 8)])
+def test_a_disk_that_fails_is_one_line_and_costs_no_step_that_was_saved(
+        fault, moment, last, straight, demo_data, tmp_path, monkeypatch, before, program):
+    out, rename = tmp_path / "run", os.rename
+    before[moment], words = {
+        "full": (partial(limit, resource.RLIMIT_FSIZE, 2 ** 16), "File too large"),
+        "gone": (partial(rename, out, tmp_path / "away"), "No such file or directory"),
+        "read-only": (partial(monkeypatch.setattr, os, "rename", refuse), "Read-only")}[fault]
+    code, err = program(command(out, demo_data, *EIGHT))
+    assert code == 2 and len(err) == 1 and err[0].startswith(f"error: {out}: ") and words in err[0]
+    assert f"give the same command with --out {out} to resume" in err[0]
+    monkeypatch.setattr(os, "rename", rename)
+    if fault == "gone":
+        assert not out.exists(), "the folder is not made again"
+        rename(tmp_path / "away", out)
+    assert train.checkpoints(out)[-1] == f"{out}/checkpoints/step-00000{last}"
+    train.main(command(out, demo_data, *EIGHT))
+    assert_same_run(out, straight)
 
 
-def test_weights_that_are_not_finite_are_never_saved(demo_data, tmp_path, monkeypatch):
-    kept = torch.optim.AdamW.step
+def test_memory_that_runs_out_is_one_line_with_advice(demo_data, tmp_path, before, program):
+    """One prompt of 20,000 tokens, and 1 GiB is left for it."""
+    def leave_one_gibibyte():
+        pages = int(Path("/proc/self/statm").read_text().split()[0])
+        limit(resource.RLIMIT_AS, pages * resource.getpagesize() + 2 ** 30)
 
-    def break_one(self, *args, **more):
-        kept(self, *args, **more)
-        with torch.no_grad():
-            next(iter(self.state)).view(-1)[0] = torch.nan
-    monkeypatch.setattr(torch.optim.AdamW, "step", break_one)
-    for more in (["--save_every", 1], ["--save_every", 0]):
-        out = tmp_path / "".join(map(str, more))
-        with pytest.raises(FloatingPointError, match="not finite.*not saved; the last checkpoint is none"):
-            train.main(command(out, demo_data, "--steps", 1, "--batch_size", 4, *more))
-        assert not (out / "model").exists() and not train.checkpoints(out)
-
-
-# -------------------------------------------------------------------------------------- a machine gone bad
-
-def one_line_that_names(step, run, out):
-    assert run.returncode == 2, run.stderr
-    error = run.stderr.splitlines()[-1]
-    assert error.startswith("error: ") and f"{out}/checkpoints/step-{step:06d}" in error, run.stderr
-    assert "Traceback" not in run.stderr
+    shutil.copytree(DEMO, tmp_path / "model")
+    edit(tmp_path / "model/config.json", '"max_position_embeddings": 512',
+         '"max_position_embeddings": 32768')
+    row = json.loads(Path(demo_data).read_text(encoding="utf-8").split("\n")[0])
+    (tmp_path / "data").write_text(json.dumps({**row, "input": "a 1 " * 5000}))
+    before[1] = leave_one_gibibyte
+    code, err = program(command(tmp_path / "run", tmp_path / "data", "--max_length", 32768,
+                                "--model", tmp_path / "model"))
+    assert code == 2 and len(err) == 1 and "allocate memory" in err[0]
+    assert "fewer --micro_batch_tokens, --activation_checkpointing" in err[0]
 
 
-def test_a_disk_that_takes_no_more_leaves_the_earlier_checkpoint(straight, demo_data, tmp_path):
-    """The kernel refuses to let any file grow beyond 64 KiB, in the middle of the second save."""
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, *EIGHT)).until("saved")
-    resource.prlimit(run.pid, resource.RLIMIT_FSIZE, (2 ** 16, 2 ** 16))
-    one_line_that_names(4, run.end(), out)
-    assert "File too large" in run.stderr and f"the same command with --out {out} goes on" in run.stderr
-    again = launch(command(out, demo_data, *EIGHT))
-    assert again.returncode == 0, again.stderr
-    same_run(out, straight)
+# --------------------------------------------------------------------------------- what is printed
+
+def test_a_mistake_is_one_line_on_one_rank_of_each_machine(program, monkeypatch):
+    for rank, lines in (("0", ["error: --lr is 0.0, expected more than 0"]), ("1", [])):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        assert program(["--lr", "0"]) == (2, lines)
 
 
-def test_a_folder_that_vanished_is_an_error_and_not_made_anew(demo_data, tmp_path):
-    out = tmp_path / "run"
-    run = Run(command(out, demo_data, "--steps", 5000, "--batch_size", 10, "--save_every", 4)).until("saved")
-    os.rename(out, tmp_path / "away")
-    assert run.end().returncode == 2, run.stderr
-    assert "No such file or directory" in run.stderr.splitlines()[-1] and "Traceback" not in run.stderr
-    assert not out.exists() and train.checkpoints(tmp_path / "away")
+def test_an_error_of_one_rank_ends_all_without_a_traceback(demo_data, tmp_path):
+    """The first rank finds the folder gone, while the second waits for it."""
+    run = Run(command(tmp_path / "run", demo_data, *LONG), 2).until("saved")
+    os.rename(tmp_path / "run", tmp_path / "away")
+    assert run.end() == 1 and "exitcode  : 2" in run.output
+    assert run.output.count("error: ") == 1 and "[rank" not in run.output, run.output
 
 
-def test_memory_that_runs_out_names_the_micro_batch_and_what_lowers_it(demo_data, tmp_path):
-    """One prompt of 20,000 tokens comes in the fourth step, and there is 1 GiB left for it."""
-    lines = Path(demo_data).read_text(encoding="utf-8").split("\n")
-    at = batch_of(3, 40, 10, 0)[0]
-    lines[at] = json.dumps({**json.loads(lines[at]), "input": "a 1 " * 5_000})
-    data, out = tmp_path / "long.jsonl", tmp_path / "run"
-    data.write_text("\n".join(lines), encoding="utf-8")
-    run = Run(command(out, data, "--max_length", 10 ** 6, "--steps", 4, "--batch_size", 10, "--save_every", 1))
-    run.until("run  ")
-    pages = int(Path(f"/proc/{run.pid}/statm").read_text().split()[0])
-    room = pages * resource.getpagesize() + 2 ** 30
-    resource.prlimit(run.pid, resource.RLIMIT_AS, (room, room))
-    one_line_that_names(3, run.end(), out)
-    assert "out of memory in a micro-batch of 1 records and " in run.stderr
-    assert "--micro_batch_tokens below 4096" in run.stderr
-
-
-# -------------------------------------------------------------------------------------- no rank holds all
-
-LOADING = """
-import sys
-from argparse import Namespace
-import torch
-import train
-from dft import Method
-from model import Config, save
-
-def build(folder):
-    a = Namespace(model=folder, dtype="fp32", activation_checkpointing=False, cpu_offload=False, replicas=1,
-                  compile="no")
-    return train.build(Config.read(folder), Method("none", "none"), a, ranks)
-
-def growth(action):
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")                                         # the peak begins anew
-    before = peak()
-    return action(), peak() - before
-
-def peak():
-    with open("/proc/self/status") as file:
-        return next(int(line.split()[1]) * 1024 for line in file if line.startswith("VmHWM"))
-
-ranks = train.start(Namespace(device="cpu", seed=0, out="x", replicas=1, cpu_offload=False))
-build(sys.argv[2])                                              # what torch takes once is not counted
-model, loading = growth(lambda: build(sys.argv[1]))
-size = 4 * sum(p.numel() for p in model.parameters())
-_, saving = growth(lambda: save(model.model, sys.argv[3], torch.float32, size // 3))
-print(f"peak {loading / size:.3f} {saving / size:.3f}")
-"""
-
-
-def test_no_rank_holds_the_whole_model_while_it_is_loaded_and_exported(family, tmp_path):
-    """Of 160 MB of weights each of two ranks holds a half and little more, and the files come out the same."""
-    shape = dict(model_type="llama", vocab_size=8000, hidden_size=512, intermediate_size=2048,
-                 num_hidden_layers=8, num_attention_heads=8, rms_norm_eps=1e-5, tie_word_embeddings=False)
-    (tmp_path / "big").mkdir()
-    (tmp_path / "big" / "config.json").write_text(json.dumps(shape))
-    save(Transformer(Config.read(str(tmp_path / "big"))), str(tmp_path / "whole"))
-    (tmp_path / "program.py").write_text(LOADING)
-    out = subprocess.run([sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2",
-                          str(tmp_path / "program.py"), str(tmp_path / "whole"), family("llama2"),
-                          str(tmp_path / "parts")], capture_output=True, text=True, timeout=120,
-                         env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"})
-    assert out.returncode == 0, out.stderr
-    peaks = [tuple(map(float, line.split()[1:])) for line in out.stdout.splitlines() if line.startswith("peak")]
-    print(f"\npeak growth / weights, of each of two ranks, loading and exporting: {peaks}")
-    assert len(peaks) == 2 and all(0.4 < loading < 0.65 and saving < 0.2 for loading, saving in peaks)
-    assert len(list((tmp_path / "parts").glob("*.safetensors"))) > 2
-    a, b = ({n: t for f in (tmp_path / name).glob("*.safetensors") for n, t in load_file(f).items()}
-            for name in ("whole", "parts"))
-    assert a.keys() == b.keys() and all(a[name].equal(b[name]) for name in a)
-    assert AutoModelForCausalLM.from_pretrained(tmp_path / "parts").config.num_hidden_layers == 8
+def test_a_run_survives_the_reader_of_its_output(straight, demo_data, tmp_path, monkeypatch,
+                                                 program):
+    """As in `python train.py 2>&1 | head`."""
+    read, write = os.pipe()
+    os.close(read)
+    pipe = open(write, "w")
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(sys, "stderr", pipe)
+    assert program(command(tmp_path, demo_data, *EIGHT)) == (0, [])
+    with pytest.raises(BrokenPipeError):
+        pipe.close()
+    assert_same_run(tmp_path, straight)
