@@ -1,4 +1,5 @@
 """data.py: rows of parallel text become records of token ids, and records become batches."""
+import gzip
 import hashlib
 import json
 import math
@@ -218,13 +219,14 @@ def micro_batches(sizes: list, budget: int, ranks: int) -> list:
 # ------------------------------------------------------- equipment, to the end: reading the files
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file, with its line ends as they are."""
+    """The text of a UTF-8 file, or of one that is compressed as .gz, with its line ends."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
+        with (gzip.open if path.endswith(".gz") else open)(
+                path, "rt", encoding="utf-8-sig", newline="") as file:
             return file.read()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a text file") from None
-    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
+    except (UnicodeDecodeError, EOFError) as error:
         raise InputError(f"{path}: not UTF-8 ({error})") from None
 
 
@@ -325,7 +327,10 @@ class Tokenizer:
             self.bpe, self.known, self.size = read_bpe(spec, folder)
         else:
             raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
-        added = settings.get("added_tokens_decoder", {}).values()
+        named = json.dumps(optional_json(folder, "special_tokens_map.json"))
+        added = settings.get("added_tokens_decoder", {}).values() or [      # else the older form:
+            {"content": text, "special": json.dumps(text) in named}
+            for text in optional_json(folder, "added_tokens.json")]
         for token in [*added, *spec.get("added_tokens", [])]:   # transformers finds them in a text
             text = token["content"]                             # first; Gemma's model has its own
             if not token["special"] and not (self.gemma and self.sp[text] != self.sp.unk_id()):

@@ -31,8 +31,8 @@ from dataclasses import dataclass
 import torch
 from tqdm import tqdm
 
-from data import (Tokenizer, chat_template, make_records, prompt_text, read_parallel, read_rows,
-                  read_text, text_of)
+from data import (Tokenizer, chat_template, make_records, optional_json, prompt_text,
+                  read_parallel, read_rows, read_text, text_of)
 from dft import choose_layers, lens
 from model import (DTYPES, Config, InputError, Packed, decode, generate, load, pick_device,
                    write_json)
@@ -43,14 +43,16 @@ class Subject:
     the Alpaca template if the folder's chat template is exactly the one that train.py exports."""
 
     def __init__(self, folder, dtype, device, bos="auto", template="auto"):
-        config, template_file = Config.read(folder), f"{folder}/chat_template.jinja"
+        config, found = Config.read(folder), optional_json(folder, "tokenizer_config.json")
         if bos == "never" and config.gemma:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
         bos_id = [self.tokenizer.bos_id]
         self.bos = {"auto": self.tokenizer.bos, "always": bos_id, "never": []}[bos]
-        exported = os.path.exists(template_file) and read_text(template_file) in (
-            chat_template(True), chat_template(False))
+        found = found.get("chat_template")              # where transformers 4 keeps it
+        if os.path.exists(f"{folder}/chat_template.jinja"):
+            found = read_text(f"{folder}/chat_template.jinja")
+        exported = found in (chat_template(True), chat_template(False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)
 
@@ -542,7 +544,8 @@ def evaluate(args, settings: tuple) -> None:
             results.append({
                 **test, "model": folder, "limit": args.limit, "dtype": args.dtype, "scores": scores,
                 "bos": bool(subject.bos), "template": "alpaca" if alpaca else "none"})
-            lines += answered
+            for line in answered:
+                lines.append({"model": folder, "task": task, "lang": lang, **line})
             for name, found in scores.items():
                 head += [] if rows else [f"{task}.{lang} {name}"]
                 error = f" ± {100 * found['stderr']:.2f}" if "stderr" in found else ""
@@ -554,7 +557,8 @@ def evaluate(args, settings: tuple) -> None:
         with open(args.items, "w", encoding="utf-8") as file:
             file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     if args.out:
-        write_json(results, args.out)
+        write_json(results if len(results) > 1 else results[0], args.out)
+        print(f"\nThe scores and their settings are in {args.out}.")
 
 
 def show_lens(args, settings: tuple) -> None:
@@ -595,6 +599,11 @@ def main(argv=None) -> None:
 if __name__ == "__main__":
     try:
         main()
+        sys.stdout.flush()
+    except BrokenPipeError:                             # eval.py | head
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     except (InputError, OSError, ImportError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

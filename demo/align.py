@@ -1,6 +1,6 @@
 """align.py: how near, layer by layer, a model's states of a sentence and of its translation are.
 
-    python demo/align.py --model BEFORE AFTER --lang zh --data FLORES_FOLDER --out align.json
+    python demo/align.py --model BEFORE AFTER --lang zh --data ZH --data_en EN --out align.json
 
 A sentence's state is the mean over its tokens, without BOS, whose state is many times longer. For
 each layer: the cosine of translations and of other pairs, and how often the nearest sentence of the
