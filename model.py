@@ -63,6 +63,7 @@ DEFAULTS = {
 # Entries that change the computation in a way that is not implemented here.
 REFUSED = ("attention_bias", "mlp_bias", "attention_dropout", "quantization_config",
            "use_bidirectional_attention")
+LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"}
 
 
 @dataclass
@@ -118,11 +119,17 @@ class Config:
                 raise ValueError(f"asks for {', '.join(refused)}; not implemented here")
             c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
             c["rope_scaling"] = rope if rope_type == "llama3" else None
+            if rope_type == "llama3" and not LLAMA3_ROPE <= rope.keys():
+                raise KeyError(f"{LLAMA3_ROPE - rope.keys()} of the rope type llama3")
             c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
             c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
             c["attn_scale"] = (c["query_pre_attn_scalar"] if gemma else c["head_dim"]) ** -0.5
-            windows = [c["sliding_window"], None] if gemma else [None, None]
-            c["windows"] = tuple(windows[k % 2] for k in range(c["num_hidden_layers"]))
+            c["windows"] = (None,) * c["num_hidden_layers"]
+            if gemma:           # by default every other layer has a window
+                kinds = c.get("layer_types") or (
+                    ["sliding_attention", "full_attention"] * c["num_hidden_layers"])
+                c["windows"] = tuple(c["sliding_window"] if kind == "sliding_attention" else None
+                                     for kind in kinds[:c["num_hidden_layers"]])
             eos = []
             for ids in (c["eos_token_id"], more):       # each an id, a list of them, or null
                 eos += ids if isinstance(ids, list) else [ids]
@@ -655,8 +662,9 @@ def exported_config(c: Config, dtype) -> dict:
     transformers 5, which reads rope_parameters."""
     raw = {key: value for key, value in c.raw.items() if key != "dtype"}
     rope = {**(c.rope_scaling or {"rope_type": "default"}), "rope_theta": c.rope_theta}
-    return {**raw, "torch_dtype": str(dtype).split(".")[1], "rope_theta": c.rope_theta,
-            "rope_scaling": c.rope_scaling, "rope_parameters": rope}
+    architecture = "Gemma2ForCausalLM" if c.gemma else "LlamaForCausalLM"       # vLLM needs it
+    return {"architectures": [architecture], **raw, "torch_dtype": str(dtype).split(".")[1],
+            "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling, "rope_parameters": rope}
 
 
 def read_json(path) -> dict:

@@ -48,8 +48,8 @@ def main(argv=None) -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", nargs="+", required=True, metavar="DIR", help="model folders")
-    parser.add_argument("--data", required=True, help="a folder of FLORES, or a file of sentences")
-    parser.add_argument("--data_en", help="the file of English sentences, if --data is a file")
+    parser.add_argument("--data", required=True, help="a file of sentences")
+    parser.add_argument("--data_en", required=True, help="their English translations")
     parser.add_argument("--lang", default="zh", choices=["zh", "vi", "ar"], help="other language")
     parser.add_argument("--limit", type=int, help="use the first sentences only")
     parser.add_argument("--out", metavar="FILE", help="write the numbers as JSON")
