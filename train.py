@@ -19,7 +19,6 @@ OUT/model is the result, a Hugging Face folder. OUT/metrics.jsonl has one line p
 OUT/settings.json the settings. To resume a stopped run, give the same command with the same --out.
 """
 import argparse
-import contextlib
 import ctypes
 import dataclasses
 import datetime
@@ -271,7 +270,7 @@ class Ranks:
         """What action() returns on rank 0, on every rank."""
         answer = [action() if self.rank == 0 else None]
         if self.world > 1:
-            dist.broadcast_object_list(answer)
+            dist.broadcast_object_list(answer, group=self.group)
         return answer[0]
 
 
@@ -375,8 +374,11 @@ def read_records(args, method: Method, tokenizer: Tokenizer):
     if args.val:
         val_rows = read_parallel(args.val)
     elif args.val_share:
-        order = np.random.RandomState([args.seed, len(rows)]).permutation(len(rows))
+        order = np.random.RandomState([args.seed % 2 ** 32, len(rows)]).permutation(len(rows))
         size = max(1, round(args.val_share * len(rows)))
+        if size == len(rows):
+            raise InputError(f"--val_share {args.val_share}: no record of {len(rows)} is left to "
+                             "train on")
         val_rows, rows = [rows[n] for n in order[:size]], [rows[n] for n in sorted(order[size:])]
     if val_rows:
         val, _ = make_records(val_rows, tokenizer, side, args.max_length, features)
@@ -533,14 +535,13 @@ def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: 
 
 def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
     """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
-    found = checkpoints(settings.out)
+    found = ranks.first(lambda: checkpoints(settings.out))
     for folder in reversed(found):
-        path, state = os.path.join(folder, "state.json"), {}
-        with contextlib.suppress(InputError):   # damaged: the check below fails
-            state = read_json(path)
-        if state.get("files") != digests(folder):
+        if not ranks.first(lambda: is_intact(folder)):
             say(f"warning   {folder} is skipped: its files are not those that were saved")
             continue
+        path = os.path.join(folder, "state.json")
+        state = read_json(path)
         compare_settings(settings, state["settings"], path)
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
@@ -575,6 +576,14 @@ def checkpoints(out: str) -> list:
 def last_checkpoint(out: str) -> str:
     """The newest checkpoint, as a phrase."""
     return f"the last checkpoint is {(checkpoints(out) or ['none'])[-1]}"
+
+
+def is_intact(folder: str) -> bool:
+    """Whether the files of a checkpoint are those that were saved."""
+    try:
+        return read_json(os.path.join(folder, "state.json"))["files"] == digests(folder)
+    except (InputError, OSError, KeyError):
+        return False
 
 
 def digests(folder: str) -> dict:

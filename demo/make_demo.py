@@ -25,7 +25,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 sys.path.insert(0, os.path.dirname(HERE))
-from model import Config, Tokens, Transformer, generate, save, write_json  # noqa: E402
+from model import Config, Packed, Transformer, generate, save, write_json  # noqa: E402
 
 SEED, VOCABULARY = 0, 3200
 PROMPT = ("Below is an instruction that describes a task. Write a response that appropriately completes the "
@@ -283,11 +283,13 @@ def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
         rows, queue = queue[:batch], queue[batch:]
         for group in optimizer.param_groups:
             group["lr"] = peak * min((step + 1) / 100, 0.51 + 0.5 * math.cos(math.pi * step / steps))
-        tokens = Tokens.plain(rows, CONFIG["num_hidden_layers"])
-        goal = tokens.ids.roll(-1)
+        packed = Packed()
+        for row in rows:
+            packed.add(row, depth=6)
+        goal = torch.tensor(packed.ids).roll(-1)
         inside = goal != 1              # a row's last token predicts nothing: another row follows
         with sdpa_kernel(SDPBackend.MATH):  # the fused bf16 kernel is slow backwards on a CPU
-            x = model(tokens, (6,))[6][inside]
+            x = model(packed, (6,))[6][inside]
             loss = F.cross_entropy(model.logits(x), goal[inside])
             loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)

@@ -275,12 +275,15 @@ def damage(folder, kind):
         shard.unlink()
     elif kind == "a file too many":             # as of a second rank
         shutil.copy(shard, str(shard).replace("shard-00001", "shard-00002"))
+    elif kind == "an unreadable file":
+        shard.unlink()
+        shard.mkdir()
     elif kind == "a torn state.json":
         state.write_bytes(state.read_bytes()[:-9])
 
 
 @pytest.mark.parametrize("kind", ["a flipped bit", "a lost file", "a file too many",
-                                  "a torn state.json"])
+                                  "an unreadable file", "a torn state.json"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, straight, demo_data, tmp_path,
                                                             capsys):
     out = tmp_path / "run"
@@ -305,11 +308,12 @@ def test_a_run_with_only_damaged_checkpoints_is_refused_and_kept(straight, demo_
 # -------------------------------------------------------------------------- numbers, disk, memory
 
 def test_a_step_that_is_not_finite_is_skipped_and_counted(demo_data, tmp_path, monkeypatch, capsys):
-    def clip(parameters, limit):
-        norms.append(kept(parameters, limit) * (torch.inf if len(norms) == 1 else 1))
-        return norms[-1]
+    def clip(parameters, limit):                # the gradient of the second step is not finite
+        parameters = list(parameters)
+        parameters[0].grad[0] *= next(factors)
+        return kept(parameters, limit)
 
-    kept, norms = torch.nn.utils.clip_grad_norm_, []
+    kept, factors = torch.nn.utils.clip_grad_norm_, iter([1, torch.inf, 1, 1, 1, 1, 1, 1])
     monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", clip)
     train.main(command(tmp_path, demo_data, *EIGHT, "--save_every", 1, "--keep", 9))
     lines, printed = metrics(tmp_path), capsys.readouterr().out

@@ -223,6 +223,7 @@ def test_a_dry_run_counts_six_flops_for_each_weight_that_a_token_passes(demo_dat
     (["--lc_layer", "0"], "--lc_layer is 0, expected auto or a layer from 1 to 6"),
     (["--et_layer", "7"], "--et_layer is 7, expected auto or a layer from 1 to 6"),
     (["--et_layer", "two"], "--et_layer is two"),
+    (["--lc_layer", "4", "--et_layer", "2"], "lc_layer 4 is above et_layer 2"),
     (["--steps", "0"], "--steps is 0, expected more than 0"),
     (["--lr", "nan"], "--lr is nan, expected more than 0"),
     (["--weight_decay", "-1"], "--weight_decay is -1.0, expected at least 0"),
