@@ -1,4 +1,4 @@
-"""data.py: rows of parallel text become records of token ids, and records become batches."""
+"""data.py: turn parallel text into records of token ids, and records into batches."""
 import gzip
 import hashlib
 import json
@@ -45,7 +45,8 @@ def chat_template(bos: bool) -> str:
 
 @dataclass
 class Record:
-    """Token ids of a row. Without an English side the fields named _en are empty."""
+    """Token ids of a row. The fields with _en are None (spans (0, 0)) if there is no English side
+    or if they are not needed."""
     prompt: list                        # begins with BOS if the model's own tokenizer adds it
     answer: list                        # ends with EOS unless it was cut
     query: tuple = (0, 0)               # the query's tokens are prompt[query[0]:query[1]]
@@ -57,7 +58,7 @@ class Record:
 
 @dataclass
 class Counts:
-    """What became of the rows that were read."""
+    """How many rows were kept, cut or dropped."""
     read: int = 0
     kept: int = 0
     parallel: int = 0       # of those kept: with an English side
@@ -72,7 +73,7 @@ class Counts:
         joined = f", joined {self.joined}" if self.joined else ""
         parts = [(self.parallel, "with an English side"), (self.target_only, "without a whole one"),
                  (self.english, "English records added"), (self.cut, "cut at --max_length"),
-                 (self.empty, "dropped: no query or no answer"),
+                 (self.empty, "dropped: a query or answer is missing"),
                  (self.long, "dropped: prompt too long for --max_length")]
         text = [f"{self.kept:,} of {self.read:,} records kept{joined}"]
         return "; ".join(text + [f"{number:,} {what}" for number, what in parts if number])
@@ -174,10 +175,10 @@ def encode_side(texts: list, tokenizer: "Tokenizer") -> Record:
     return Record(tokenizer.bos + prompt, answer + [tokenizer.eos_id], query)
 
 
-# --------------------------------------------------------------------------------------- batches
+# ------------------------------------------------------------------------------------------ batches
 
 def fingerprint(records: list) -> str:
-    """A digest of all ids of all records in order: other data, tokenizers or cuts change it."""
+    """A digest of all ids of all records; it changes with the data, tokenizer or truncation."""
     digest = hashlib.sha256()
     for record in records:
         for part in vars(record).values():
@@ -216,7 +217,7 @@ def micro_batches(sizes: list, budget: int, ranks: int) -> list:
         count += ranks
 
 
-# ------------------------------------------------------- equipment, to the end: reading the files
+# --------------------------------------------------------------- supporting code: files, tokenizers
 
 def read_text(path: str) -> str:
     """The text of a UTF-8 file, or of one that is compressed as .gz, with its line ends."""

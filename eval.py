@@ -157,7 +157,7 @@ def log_likelihoods(subject: Subject, items: list, budget: int = 2048) -> list:
     return [scores[n] for n in range(len(items))]
 
 
-# ----------------------------------------------------------------------------------- exact match
+# -------------------------------------------------------------------------------------- exact match
 
 @dataclass
 class Item:
@@ -217,7 +217,7 @@ def markdown(head: list, rows: list) -> str:
     return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
 
 
-# ------------------------------------------------------------------------------------ the layers
+# --------------------------------------------------------------------------------------- the layers
 
 def lens_numbers(subject: Subject, args) -> dict:
     """L + 1 numbers each, means over parallel records: the entropy, in nats, at the query's tokens
@@ -249,7 +249,7 @@ def lens_numbers(subject: Subject, args) -> dict:
     return dict(n=len(own), pivots=len(first), **numbers, i=i, j=j, why=why, map=own[0].tolist())
 
 
-# ------------------------------------------------------------------------------------ benchmarks
+# --------------------------------------------------------------------------------------- benchmarks
 
 SCRIPTS = {"zh": ("CJK", 0.2), "ar": ("ARABIC", 0.2), "vi": ("LATIN", 0.02)}
 NAMES = {"en": "English", "zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
@@ -489,7 +489,7 @@ def read_flores(lang: str, path: str, path_en: str | None) -> list:
     return [(f"{path}:{n}", dict(zip(sides, pair))) for n, pair in enumerate(zip(a, b), 1)]
 
 
-# --------------------------------------------------------------------------------- command line
+# ------------------------------------------------------------------------------------- command line
 
 def parse(argv=None):
     parser = argparse.ArgumentParser(description=__doc__,

@@ -1,17 +1,17 @@
 """model.py: LLaMA and Gemma-2 decoders with access to the output of every layer.
 
-There is no training code here. A first reading can end where the sections on equipment begin.
+There is no training code here. On a first reading, stop at the first "supporting code".
 
 Shapes, in every file of this project:
-    N  tokens of all rows, laid end to end      V  vocabulary size      T  query tokens of one row
-    R  rows                                     L  layers               S  key tokens of one row
+    N  tokens of all rows, laid end to end      V  vocabulary size      T  query tokens of attention
+    N_k  those after layer k      R  rows       L  layers               S  key tokens of attention
     D  hidden size    H  query heads    K  key/value heads    h  size of a head    n  any number
     B  batch of attention: 1 in training, R in generation
 
 Norms, projections, MLP and head work on flat (N, D) tensors without padding. Only attention needs
-to know where a row begins and which of its tokens may see each other (class Packed). A weight keeps
-its dtype (fp32 in training) and is cast to `compute_dtype`, bf16 or fp32, where it is used. Norms,
-softmax and logits are computed in fp32. Parameter names are those of Hugging Face.
+to know where a row begins and which tokens attend to which (class Packed). A weight keeps its dtype
+(fp32 in training) and is cast to `compute_dtype`, bf16 or fp32, where it is used. Norms, softmax and
+logits are computed in fp32. Parameter names are Hugging Face's, without the prefix "model.".
 """
 import json
 import os
@@ -47,7 +47,7 @@ def pick_device(name: str) -> str:
     return name
 
 
-# ---------------------------------------------------------------------------------- configuration
+# ------------------------------------------------------------------------------------ configuration
 
 # The values that transformers assumes where config.json has no entry.
 COMMON = dict(rms_norm_eps=1e-6, rope_theta=10000.0, rope_scaling=None, num_key_value_heads=None)
@@ -68,7 +68,7 @@ LLAMA3_ROPE = {"factor", "low_freq_factor", "high_freq_factor", "original_max_po
 
 @dataclass
 class Config:
-    """A decoder, described as by Hugging Face's config.json. Families differ in fields only."""
+    """A decoder, with the field names of Hugging Face's config.json."""
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -144,13 +144,13 @@ class Config:
             raise InputError(f"{path}: {what}") from None
 
 
-# ------------------------------------------------------------------ the tokens of a forward pass
+# --------------------------------------------------------------------- the tokens of a forward pass
 
 class Packed:
     """Token segments laid end to end for one forward pass, without padding.
 
     A row is a first segment, such as a prompt, and any number of segments that each continue it. A
-    token sees the first segment of its row and its own segment, up to itself. A token of depth d
+    token attends to the first segment and to its own segment, up to itself. A token of depth d
     passes through layers 1..d and is then dropped.
     """
 
@@ -178,20 +178,21 @@ class Packed:
         return range(begin, begin + len(ids))
 
     def index(self, indices, layer: int):
-        """Flat indices (n,) -> their indices among the tokens still present after `layer`."""
+        """Map flat indices (n,) of tokens with depth >= layer to rows of the (N_k, D) output of
+        `layer`."""
         present = torch.tensor(self.depth) >= layer
         return (present.cumsum(0) - 1)[torch.as_tensor(indices, dtype=torch.long)]
 
 
 @dataclass
 class AttentionInputs:
-    """What attention needs besides its n tokens, which it computes part by part: a part is one row
-    or, with FlexAttention, all rows. Layers that see the same tokens share it."""
+    """Inputs of attention other than the hidden states. Attention runs on one part at a time: a row
+    or, with FlexAttention, all rows. Consecutive layers with the same tokens share one object."""
     cos: torch.Tensor           # (B, n / B, 1, h) in fp32: the rotation of each token
     sin: torch.Tensor
     sizes: list                 # number of tokens of each part
     masks: dict                 # {window: a mask for each part, see Attention.attend_part}
-    entering: torch.Tensor | None = None    # these tokens among those after the layer below, (n,)
+    entering: torch.Tensor | None = None    # (n,) rows of the output of the layer below
     # Generation: the keys and values so far, and where in them these tokens go; see next_logits().
     cache: torch.Tensor | None = None
     position: torch.Tensor | None = None
@@ -219,12 +220,12 @@ class Transformer(nn.Module):
     def forward(self, packed: Packed, layers: tuple) -> dict:
         """{k: the residual stream after layer k, (N_k, D) in the compute dtype} for k of `layers`.
 
-        0 is the embeddings, L the stream before the final norm. The N_k tokens are those of depth
-        k or more, in order (see Packed.index). No layer above max(layers) is computed.
+        k = 0: the embeddings; k = L: before the final norm. The N_k tokens are those of depth k or
+        more, in order (see Packed.index). No layer above max(layers) is computed.
         """
         top, device = max(layers), self.embed_tokens.weight.device
-        # Layers that fewer tokens enter than the layer below. Their inputs are made before the
-        # first layer runs, so that a GPU never waits for the host in between.
+        # Layer 1, and the layers before which tokens are dropped. Their inputs are made before the
+        # first layer runs, so that the GPU does not wait for the host between layers.
         entries = {1} | {depth + 1 for depth in packed.depth if depth < top}
         inputs = {k: attention_inputs(packed, k, self.config, device, self.flex) for k in entries}
         x = self.embed(torch.tensor(packed.ids, device=device))             # (N, D)
@@ -255,8 +256,8 @@ class Transformer(nn.Module):
 
     def compile_layers(self, flex: bool) -> None:
         """Use torch.compile for the layers and, with `flex`, FlexAttention, which has no backward
-        pass on CPUs. Attention is compiled apart from its layer, as its masks change."""
-        torch._dynamo.config.recompile_limit = 64       # kinds of layers, gradient or not, sizes
+        pass on CPUs. Attention stays outside the compiled layers because its masks change."""
+        torch._dynamo.config.recompile_limit = 64       # per kind of layer, gradient mode and size
         self.flex = flex
         compiled = torch.compile(flex_attention, dynamic=False) if flex else flex_attention
         for layer in self.layers:
@@ -286,7 +287,7 @@ class Layer(nn.Module):
         return self.block(x, inputs)
 
     def block(self, x, inputs: AttentionInputs):
-        if self.gemma:      # here post_attention_layernorm does follow attention
+        if self.gemma:      # unlike LLaMA's, post_attention_layernorm is applied after attention
             x = x + self.post_attention_layernorm(self.self_attn(self.input_layernorm(x), inputs))
             return x + self.post_feedforward_layernorm(self.mlp(self.pre_feedforward_layernorm(x)))
         x = x + self.self_attn(self.input_layernorm(x), inputs)
@@ -380,7 +381,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x, frozen: bool = False):                             # (n, D) -> (n, D)
         w = self.weight.detach() if frozen else self.weight
-        w = w.to(x.dtype).float() + self.offset     # rounded as FSDP's compute copy of it is
+        w = w.to(x.dtype).float() + self.offset     # round to the compute dtype, as FSDP does
         return F.rms_norm(x.float(), w.shape, w, self.eps).to(x.dtype)
 
 
@@ -394,7 +395,7 @@ class Linear(nn.Linear):
         return F.linear(x, self.weight.to(x.dtype))
 
 
-# ------------------------------------------------------------------------ masks and rotations
+# ------------------------------------------------------------------------------ masks and rotations
 
 def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
     """AttentionInputs of the tokens that enter `layer`: with `flex` (GPUs) all rows are one part,
@@ -467,8 +468,7 @@ def rotation(config: Config, position):
 
 
 def rotate(x, inputs: AttentionInputs):
-    """Rotate the heads of x (B, n, heads, h) by the angles of their tokens; the coordinates of the
-    first half of h are paired with those of the second half."""
+    """Apply RoPE to x (B, n, heads, h); coordinate d is paired with coordinate d + h/2."""
     a, b = x.chunk(2, dim=-1)
     return x * inputs.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * inputs.sin.to(x.dtype)
 
@@ -478,7 +478,7 @@ def cap(x, limit: float | None):
     return x if limit is None else limit * torch.tanh(x / limit)
 
 
-# ------------------------------------------------------------------------- equipment: generation
+# ---------------------------------------------------------------------- supporting code: generation
 
 def next_logits(model: Transformer, ids, position, cache):
     """Logits (R, V) of the token after ids (R, T) at these positions (R, T). Their keys and values
@@ -538,7 +538,7 @@ def generate(model: Transformer, prompts: list, max_new_tokens: int, last=()) ->
     return out
 
 
-# ---------------------------------------------------------- equipment: Hugging Face folders
+# ------------------------------------------------------------ supporting code: Hugging Face folders
 
 COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
           "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja")

@@ -6,17 +6,18 @@
     python train.py --model DIR --data zh.jsonl --dry_run --world_size 8       estimate the cost
 
 DIR is a Hugging Face folder with safetensors weights (LLaMA-2, LLaMA-3, SmolLM2, Gemma-2). The data
-are JSONL or a JSON array of records with the keys instruction, input, output in your language and
-instruction_en, input_en, output_en in English. Methods (arXiv 2503.01275):
+is JSONL or a JSON array of records with the keys instruction, input, output in the target language
+and instruction_en, input_en, output_en in English. Methods:
 
     sft            train on the English side only
     tft            train on the target language only: ordinary fine-tuning
-    dft-logits     tft, and layer i predicts the English query, layer j the English answer
-    dft-feature    tft, and pooled states of layers i and j point where those of the English text do
-    qalign         translate queries into English (Zhu et al. 2024); then run sft with OUT/model
+    dft-logits     tft; also layer i predicts the English query and layer j the English answer
+    dft-feature    tft; also the pooled states of layers i and j are aligned with the English ones
+    qalign         translate queries into English (Zhu et al. 2024); afterwards run sft on OUT/model
 
 OUT/model is the result, a Hugging Face folder. OUT/metrics.jsonl has one line per step and
-OUT/settings.json the settings. To resume a stopped run, give the same command with the same --out.
+OUT/settings.json the settings. To resume a stopped run, rerun the command with the same --out.
+Without --model the demo model is trained, with settings that differ from the defaults below.
 """
 import argparse
 import ctypes
@@ -60,7 +61,7 @@ SIGNALS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("log
            "dft-feature": ("feature", "feature"), "qalign": ("none", "none")}   # method: (lc, et)
 
 
-# ------------------------------------------------------------------------------------ one run
+# ------------------------------------------------------------------------------------------ one run
 
 def main(argv=None) -> None:
     args = parse(argv)
@@ -73,7 +74,7 @@ def main(argv=None) -> None:
         return print(plan(args, config, method))
     ranks = start(args)
 
-    # The folder of the run is locked before anything in it is read or written.
+    # Lock the folder of the run before using it.
     out, metrics = open_folder(args, ranks)
     if args.test:
         read_questions(args.test)               # a malformed test file should fail now
@@ -90,7 +91,7 @@ def main(argv=None) -> None:
     if stored:
         compare_settings(settings, stored, path)
     if stored and os.path.exists(result):
-        say("finished  this run is complete; for another one give another --out")
+        say("finished  this run is already complete; use a new --out to train again")
         return report(args, result, ranks)
 
     model = build(config, method, args, ranks)
@@ -101,9 +102,9 @@ def main(argv=None) -> None:
     elif method.signals() and not (i and j):
         auto_i, auto_j, why = read_layers(model, records)
         i, j = i or auto_i, j or auto_j
-        say(f"layers    i = {i}, j = {j} of {config.num_hidden_layers}, read off the lens: {why}")
+        say(f"layers    i = {i}, j = {j} of {config.num_hidden_layers}; auto: {why}")
     model.method = dataclasses.replace(method, lc_layer=i, et_layer=j)
-    settings.lc_layer, settings.et_layer = i, j         # from here on no setting changes
+    settings.lc_layer, settings.et_layer = i, j         # the settings are final from here on
     if ranks.rank == 0:
         write_json(vars(settings), path)
     say("settings  " + "  ".join(f"{key}={value}" for key, value in vars(settings).items()))
@@ -113,7 +114,7 @@ def main(argv=None) -> None:
     progress = Progress()
     if stored:
         progress = load_checkpoint(settings, model, optimizer, ranks)
-    if metrics:                                 # later steps are run again, and logged again
+    if metrics:                                 # steps after the checkpoint are run again
         metrics.seek(0)
         for _ in range(progress.step):
             metrics.readline()
@@ -158,11 +159,11 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         numbers = batch_of(step, len(records), settings.batch_size, settings.seed)
         batches = rank_batches([records[n] for n in numbers], model, settings, ranks)
 
-        # What each loss is divided by: its tokens or pairs in the whole global batch.
+        # The denominator of each loss: its number of tokens or pairs in the global batch.
         local = [sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
         *counts, tokens = ranks.total([*local, sum(b.tokens for b in batches)])
 
-        # Forward and backward. FSDP averages gradients over ranks; we want their sum.
+        # Forward and backward.
         sums = torch.zeros(len(TERMS), device=ranks.device)
         for b in batches:
             loss = 0.0
@@ -170,7 +171,7 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
                 n = TERMS.index(term)
                 loss = loss + method.weight(term) * value / max(counts[n], 1)
                 sums[n] += value.detach()
-            (loss * ranks.world).backward()
+            (loss * ranks.world).backward()     # undoes FSDP's averaging over ranks
         norm = torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         norm = float(norm.full_tensor() if isinstance(norm, DTensor) else norm)
         *totals, stopping = ranks.total([*sums.tolist(), len(stop)])
@@ -185,7 +186,7 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         progress.bad = 0 if finite else progress.bad + 1
 
         # Log.
-        means = dict.fromkeys(TERMS)            # None: not in use, or not finite
+        means = dict.fromkeys(TERMS)            # None: loss not used, or step skipped
         for term, value, count in zip(TERMS, totals, counts):
             if finite and (term == "tft" or term in method.signals()):
                 means[term] = value / max(count, 1)
@@ -215,15 +216,15 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         due = settings.save_every and progress.step % settings.save_every == 0 and finite
         if due or stopping or progress.step == steps:
             if metrics:
-                os.fsync(metrics.fileno())      # no checkpoint is ahead of its metrics
+                os.fsync(metrics.fileno())      # metrics reach the disk before the checkpoint
             save_checkpoint(settings, model, optimizer, progress, ranks)
         if stopping:
             return
 
 
 def rank_batches(records: list, model: DFT, settings, ranks: "Ranks") -> list:
-    """The micro-batches of this rank. All ranks have equally many, as FSDP requires: one without
-    records runs a token that has no loss."""
+    """The micro-batches of this rank. FSDP requires the same number on every rank; an empty one is
+    replaced by a single token without a loss."""
     method, config = model.method, model.model.config
     L, idle = config.num_hidden_layers, [Record([config.bos_token_id], [])]
     sizes = [lay_out([record], method, L).tokens for record in records]
@@ -233,7 +234,7 @@ def rank_batches(records: list, model: DFT, settings, ranks: "Ranks") -> list:
 
 @torch.no_grad()
 def validate(model: DFT, val: list, settings, ranks: "Ranks") -> dict:
-    """{val_TERM: its mean over the held-out records, val_loss: their weighted sum}."""
+    """Losses on held-out records: {"val_loss": their weighted sum, "val_tft": mean, ...}."""
     sums, counts = dict.fromkeys(TERMS, 0.0), dict.fromkeys(TERMS, 0)
     for b in rank_batches(val, model, settings, ranks):
         for term, value in model(b).items():
@@ -248,7 +249,7 @@ def validate(model: DFT, val: list, settings, ranks: "Ranks") -> dict:
     return {"val_loss": loss, **means}
 
 
-# ------------------------------------------------------------------- equipment: ranks and model
+# ----------------------------------------------------------------- supporting code: ranks and model
 
 @dataclasses.dataclass
 class Ranks:
@@ -449,7 +450,7 @@ def report(args, result: str, ranks: Ranks) -> None:
          f"  python eval.py --model {args.model} {result} --task lens --data {args.data}")
 
 
-# ---------------------------------------------------------------- equipment: the folder of a run
+# ------------------------------------------------------------- supporting code: the folder of a run
 
 # Settings that may change when a run is resumed: paths, and how the same result is computed.
 FREE = ("model", "data", "data_en", "test", "val", "val_every", "out", "epochs", "device", "ranks",
@@ -596,7 +597,7 @@ def digests(folder: str) -> dict:
         return dict(zip(map(os.path.basename, paths), pool.map(digest, paths)))
 
 
-# --------------------------------------------------------------------- equipment: cost estimate
+# ------------------------------------------------------------------- supporting code: cost estimate
 
 def plan(args, config: Config, method: Method) -> str:
     """What a run would cost, from config.json and the data."""
@@ -636,7 +637,7 @@ def plan(args, config: Config, method: Method) -> str:
             f"gradients and moments: {fits} in {args.gpu_memory:g} GB")
 
 
-# ---------------------------------------------------------------------- equipment: command line
+# -------------------------------------------------------------------- supporting code: command line
 
 # Without --model the demo runs, with settings that suit 3M parameters and two minutes.
 HERE = os.path.join(os.path.dirname(os.path.abspath(__file__)), "demo")
@@ -666,18 +667,18 @@ def parse(argv=None) -> argparse.Namespace:
     add("--data", None, "records to train on", metavar="FILE")
     add("--data_en", None, "English side of --data, joined by id or line by line", metavar="FILE")
     add("--test", None, "questions to answer before and after training", metavar="FILE")
-    add("--max_length", 512, "longest sequence in tokens; longer answers are cut, and counted")
-    add("--english", 0.0, "share of the distinct English sides to train on as additional records, "
-        "which keeps the model's English")
+    add("--max_length", 512, "maximum tokens per sequence; longer answers are cut and counted")
+    add("--english", 0.0, "fraction of the distinct English sides to add as records of their own, "
+        "which preserves the model's English")
     add("--val", None, "held-out records, in the format of --data", metavar="FILE")
-    add("--val_share", 0.0, "share of the records to hold out, instead of --val")
-    add("--val_every", 100, "steps between losses on held-out records")
+    add("--val_share", 0.0, "fraction of the records to hold out, instead of --val")
+    add("--val_every", 100, "compute the loss on held-out records every N steps")
     parser.add_argument_group("method")
     kinds = ["none", "logits", "feature"]
     add("--method", "dft-logits", "what is supervised, see above", choices=SIGNALS)
-    add("--lc", None, "signal of language conversion, instead of the method's", choices=kinds)
-    add("--et", None, "signal of English thinking, instead of the method's", choices=kinds)
-    add("--lc_layer", "auto", "layer i, 1 or more; auto reads i and j off the logit lens")
+    add("--lc", None, "override how --method computes L_LC, at layer i", choices=kinds)
+    add("--et", None, "override how --method computes L_ET, at layer j", choices=kinds)
+    add("--lc_layer", "auto", "layer i, 1 or more; auto chooses i and j from the logit lens")
     add("--et_layer", "auto", "layer j, i or more")
     add("--lc_weight", 1.0, "weight of the language conversion loss")
     add("--et_weight", 1.0, "weight of the English thinking loss")
@@ -686,7 +687,8 @@ def parse(argv=None) -> argparse.Namespace:
     add("--pool", "mean", "features: mean over tokens, or the last one", choices=["mean", "last"])
     add("--lens_norm", True, "logits: apply the final norm before the head at layers i and j")
     add("--english_grad", False, "features: train through the English side as well")
-    add("--train_layers", None, "train only the weights of layers A to B", metavar="A-B")
+    add("--train_layers", None, "train only layers A to B; embedding, head and final norm are "
+        "frozen, too", metavar="A-B")
     add("--train_modules", "all", "train only these weights of each layer",
         choices=["all", "attention", "mlp"])
     parser.add_argument_group("optimization")
@@ -694,22 +696,24 @@ def parse(argv=None) -> argparse.Namespace:
     add("--steps", None, "number of steps, overrides --epochs", type=int)
     add("--batch_size", 128, "records per step, over all GPUs")
     add("--lr", 2e-5, "peak learning rate of AdamW")
-    add("--warmup", 0.03, "share of the steps in which the learning rate rises; then a cosine to 0")
+    add("--warmup", 0.03, "fraction of the steps for linear warm-up; then cosine decay to 0")
     add("--weight_decay", 0.0, "weight decay of AdamW")
-    add("--clip", 1.0, "largest norm of the gradient; a larger one is scaled down")
-    add("--max_bad_steps", 10, "stop after N steps in a row without finite loss and gradient")
-    add("--seed", 0, "seed of the order of the records")
+    add("--clip", 1.0, "maximum gradient norm")
+    add("--max_bad_steps", 10, "stop after N consecutive steps with a non-finite loss or gradient")
+    add("--seed", 0, "random seed (order of the records, --val_share, --english)")
     parser.add_argument_group("run")
-    add("--out", None, "folder of the run, new or to resume (default: in runs/)", metavar="DIR")
-    add("--device", "auto", "auto takes CUDA if there is any", choices=["auto", "cpu", "cuda"])
-    add("--dtype", "bf16", "dtype of computation; weights and moments are fp32", choices=DTYPES)
-    add("--compile", "auto", "torch.compile and FlexAttention; auto: on GPUs",
+    add("--out", None, "run folder; an existing run is resumed (default: new in runs/)",
+        metavar="DIR")
+    add("--device", "auto", "auto: CUDA if available", choices=["auto", "cpu", "cuda"])
+    add("--dtype", "bf16", "dtype of computation and of the saved model; weights are kept in fp32",
+        choices=DTYPES)
+    add("--compile", "auto", "use torch.compile and FlexAttention; auto: yes on GPUs, no on CPUs",
         choices=["auto", "yes", "no"])
-    add("--micro_batch_tokens", 4096, "tokens per GPU at a time; fewer take less memory, for the "
-        "same result")
-    add("--activation_checkpointing", False, "recompute layers in backward: less memory, more time")
+    add("--micro_batch_tokens", 4096, "tokens per GPU and forward pass; fewer save memory, with "
+        "the same result")
+    add("--activation_checkpointing", False, "recompute layers in backward to save memory")
     add("--cpu_offload", False, "keep weights, gradients, moments in host memory; needs torchrun")
-    add("--replicas", 1, "groups of GPUs (say, machines) that each hold the whole model")
+    add("--replicas", 1, "GPU groups (such as machines) that each hold a full copy of the model")
     add("--save_every", 100, "steps between checkpoints; 0: only at the end or after a signal")
     add("--keep", 2, "newest checkpoints to keep, 12 bytes per parameter each")
     parser.add_argument_group("cost estimate")
@@ -717,7 +721,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--world_size", 1, "number of GPUs to plan for")
     add("--gpu_memory", 80.0, "memory of one GPU in GB")
     add("--peak_tflops", 989.0, "peak TFLOP/s of one GPU (989: H100 SXM, dense bf16)")
-    add("--mfu", 0.4, "share of the peak to count on")
+    add("--mfu", 0.4, "expected fraction of the peak")
 
     if parser.parse_known_args(argv)[0].model is None:
         parser.set_defaults(**DEMO)
@@ -735,7 +739,7 @@ def parse(argv=None) -> argparse.Namespace:
             raise InputError(f"--{key} is {value}, expected {least} 0")
     for key in ("warmup", "english", "val_share"):
         if getattr(args, key) > 1:
-            raise InputError(f"--{key} is {getattr(args, key)}, expected a share from 0 to 1")
+            raise InputError(f"--{key} is {getattr(args, key)}, expected a fraction from 0 to 1")
     if args.dry_run and args.world_size % args.replicas:
         raise InputError(f"--world_size {args.world_size} is no multiple of --replicas")
     return args

@@ -168,7 +168,7 @@ def test_fused_cross_entropy_equals_the_dense_one(dtype, limit, n, compiled, mon
     x = torch.randint(-3, 4, (n, 32)).to(dtype)
     weight, target = torch.randint(-3, 4, (100, 32)).to(dtype), torch.randint(100, (n,))
     assert n == 0 or (x @ weight.T).abs().max() > 30
-    score = torch.compile(dft.score, dynamic=True) if compiled else dft.score
+    nll = torch.compile(dft.nll, dynamic=True) if compiled else dft.nll
     found = []
     for function, more in ((cross_entropy, [score]), (dense, [])):
         a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
