@@ -1,17 +1,18 @@
 """eval.py: ask a model, score it on benchmarks, and look at its layers.
 
     python eval.py --model runs/NAME/model                                  chat
-    python eval.py --model DIR --prompt "法国使用什么货币？"                   one answer
+    python eval.py --model DIR --prompt "马里的人用什么钱付款？"               one answer
     python eval.py --model DIR --data demo/test.jsonl                       exact match by language
     python eval.py --model DIR --task xcopa --lang zh --data test.zh.jsonl  a benchmark
     python eval.py --model A B --task xcopa.zh=FILE xnli.zh=FILE            several, in one table
     python eval.py --model BEFORE AFTER --task lens --data zh.jsonl --out lens.json
 
-xnli xcopa xstorycloze truthfulqa mmlu: which choice is the most likely. xquad mlqa mkqa flores:
-the model writes one line. Files are the official ones, or JSONL with the Hugging Face hub's keys.
-Prompts and scores are those of lm-evaluation-harness 0.4.13, its mistakes included, so that numbers
-compare (tests/agree.py); MKQA's are its authors', FLORES' (--lang en-zh --data ZH --data_en EN)
-those of sacrebleu. Any other benchmark: lm_eval --model hf --model_args pretrained=DIR
+Multiple choice by log-likelihood: xnli xcopa xstorycloze truthfulqa mmlu. One generated line: xquad
+mlqa mkqa flores. Files are the official releases, or JSONL with the field names of the Hugging Face
+datasets. Prompts and scores are those of lm-evaluation-harness 0.4.13, its mistakes included, so that
+numbers are comparable (tests/agree.py), except: MKQA has our prompt and its authors' scores; FLORES
+(--lang en-zh --data ZH --data_en EN) has sacrebleu's; and models exported by train.py answer in the
+Alpaca prompt (--template none turns that off). For other benchmarks, use lm_eval --model hf.
 """
 import argparse
 import csv
@@ -497,21 +498,21 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
     add("--prompt", metavar="TEXT", help="answer this one instruction")
-    add("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer, in tokens")
-    add("--data", metavar="FILE", help="the file of --task; without --task, JSONL to answer")
+    add("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default: 256)")
+    add("--data", metavar="FILE", help="file of --task; without --task, questions in JSONL to answer")
     add("--data_en", metavar="FILE", help="the English side of --data, for flores and lens")
     add("--task", nargs="+", default=[], metavar="TASK",
         help="a benchmark, or lens, on --data; or several benchmarks, each written TASK.LANG=FILE")
-    add("--lang", help="the language of the task: en, zh, vi or ar; for flores en-zh, zh-en ...")
-    add("--limit", type=int, metavar="N", help="use the first N items only (lens: 32 by default)")
+    add("--lang", help="language of the task: en (default), zh, vi, ar; for flores en-zh, zh-en, ...")
+    add("--limit", type=int, metavar="N", help="use the first N items only (default: all; lens: 32)")
     add("--bos", default="auto", choices=["auto", "always", "never"],
         help="whether prompts begin with BOS; auto: as the folder's tokenizer does it")
     add("--template", default="auto", choices=["auto", "alpaca", "none"],
         help="the form of prompts (exact match: alpaca); auto: as the folder's chat template")
-    add("--out", metavar="FILE", help="write the scores, with all that they depend on, as JSON")
+    add("--out", metavar="FILE", help="write the scores and the settings they depend on as JSON")
     add("--items", metavar="FILE", help="write every item with its answer and its scores as JSONL")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
-    add("--dtype", default="fp32", choices=DTYPES, help="number format of weights and computation")
+    add("--dtype", default="fp32", choices=DTYPES, help="dtype of weights and computation")
     args = parser.parse_args(argv)
     if not args.task and (args.limit or args.out or args.items):
         raise InputError("--limit, --out and --items: expected --task as well")

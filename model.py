@@ -9,9 +9,9 @@ Shapes, in every file of this project:
     B  batch of attention: 1 in training, R in generation
 
 Norms, projections, MLP and head work on flat (N, D) tensors without padding. Only attention needs
-to know where a row begins and which tokens attend to which (class Packed). A weight keeps its dtype
-(fp32 in training) and is cast to `compute_dtype`, bf16 or fp32, where it is used. Norms, softmax and
-logits are computed in fp32. Parameter names are Hugging Face's, without the prefix "model.".
+to know where a row begins and which tokens attend to which (class Packed). A weight keeps its
+dtype (fp32 in training) and is cast to `compute_dtype`, bf16 or fp32, where it is used. Norms,
+softmax and logits are in fp32. Parameter names are Hugging Face's, without the prefix "model.".
 """
 import json
 import os

@@ -170,7 +170,7 @@ def test_fused_cross_entropy_equals_the_dense_one(dtype, limit, n, compiled, mon
     assert n == 0 or (x @ weight.T).abs().max() > 30
     nll = torch.compile(dft.nll, dynamic=True) if compiled else dft.nll
     found = []
-    for function, more in ((cross_entropy, [score]), (dense, [])):
+    for function, more in ((cross_entropy, [nll]), (dense, [])):
         a, b = x.clone().requires_grad_(), weight.clone().requires_grad_()
         loss = function(a, b, target, limit, *more)
         (loss * 1.7).backward()
