@@ -7,12 +7,13 @@
     python eval.py --model A B --task xcopa.zh=FILE xnli.zh=FILE            several, in one table
     python eval.py --model BEFORE AFTER --task lens --data zh.jsonl --out lens.json
 
-Multiple choice by log-likelihood: xnli xcopa xstorycloze truthfulqa mmlu. One generated line: xquad
-mlqa mkqa flores. Files are the official releases, or JSONL with the field names of the Hugging Face
-datasets. Prompts and scores are those of lm-evaluation-harness 0.4.13, its mistakes included, so that
-numbers are comparable (tests/agree.py), except: MKQA has our prompt and its authors' scores; FLORES
-(--lang en-zh --data ZH --data_en EN) has sacrebleu's; and models exported by train.py answer in the
-Alpaca prompt (--template none turns that off). For other benchmarks, use lm_eval --model hf.
+Multiple choice by log-likelihood: xnli xcopa xstorycloze truthfulqa mmlu. One generated line:
+xquad mlqa mkqa flores. Files are the official releases, or JSONL with the field names of the
+Hugging Face datasets. Prompts and scores are those of lm-evaluation-harness 0.4.13, its mistakes
+included, so that numbers are comparable (tests/agree.py), except: MKQA has our prompt and its
+authors' scores, FLORES (--lang en-zh --data ZH --data_en EN) has sacrebleu's, and models exported
+by train.py answer in the Alpaca prompt (--template none turns that off). For other benchmarks, use
+lm_eval --model hf.
 """
 import argparse
 import csv
@@ -498,13 +499,14 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
     add("--prompt", metavar="TEXT", help="answer this one instruction")
-    add("--max_new_tokens", type=int, default=256, metavar="N", help="longest answer in tokens (default: 256)")
-    add("--data", metavar="FILE", help="file of --task; without --task, questions in JSONL to answer")
+    add("--max_new_tokens", type=int, default=256, metavar="N",
+        help="longest answer in tokens (default: 256)")
+    add("--data", metavar="FILE", help="file of --task; without --task, questions to answer")
     add("--data_en", metavar="FILE", help="the English side of --data, for flores and lens")
     add("--task", nargs="+", default=[], metavar="TASK",
         help="a benchmark, or lens, on --data; or several benchmarks, each written TASK.LANG=FILE")
-    add("--lang", help="language of the task: en (default), zh, vi, ar; for flores en-zh, zh-en, ...")
-    add("--limit", type=int, metavar="N", help="use the first N items only (default: all; lens: 32)")
+    add("--lang", help="language of the task: en (default), zh, vi, ar; flores: en-zh, zh-en, ...")
+    add("--limit", type=int, metavar="N", help="use the first N items (default: all; lens: 32)")
     add("--bos", default="auto", choices=["auto", "always", "never"],
         help="whether prompts begin with BOS; auto: as the folder's tokenizer does it")
     add("--template", default="auto", choices=["auto", "alpaca", "none"],

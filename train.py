@@ -737,6 +737,8 @@ def parse(argv=None) -> argparse.Namespace:
                 0 < value < math.inf or value == 0 and key in MAY_BE_0):
             least = "at least" if key in MAY_BE_0 else "more than"
             raise InputError(f"--{key} is {value}, expected {least} 0")
+    if args.val and args.val_share:
+        raise InputError("--val and --val_share: give one of them")
     for key in ("warmup", "english", "val_share"):
         if getattr(args, key) > 1:
             raise InputError(f"--{key} is {getattr(args, key)}, expected a fraction from 0 to 1")
