@@ -64,7 +64,7 @@ def draw_lens(pyplot, models: list, trained: list | None):
         if "p_target" in model:
             right.plot(layers, model["p_target"], label=f"answer in {language}", **TARGET)
             right.plot(layers, model["p_english"], label="answer in English", **ENGLISH)
-        right.set(title=f"{name}: first token of the answer, n = {model['pivots']}\n",
+        right.set(title=f"{name}: answer, first token, n = {model['pivots']}\n",
                   ylabel="probability")
         for axes in (left, right):
             mark(axes, i, j)

@@ -4,11 +4,13 @@
 """
 import subprocess
 import sys
+from argparse import Namespace
 from unittest.mock import Mock
 
+import bench
 import pytest
 import torch
-from conftest import ROOT, assert_close
+from conftest import EPS, ROOT, assert_close
 from test_dft import assert_same, gradients, make_records, objective, ours
 from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
@@ -77,6 +79,18 @@ def test_compiled_parts_equal_plain_ones_and_are_not_recompiled(family, name, wi
             assert_same(fast, sums, plain, expected)
         graphs.append(counters["stats"]["unique_graphs"])
     assert before + 3 <= graphs[0] == graphs[1] == graphs[2]       # a layer in two parts; the loss
+
+
+@pytest.mark.parametrize("method", ("tft", "dft-logits", "dft-feature"))
+def test_the_benchmark_and_its_peer_compute_equal_losses(method, demo_data):
+    args = Namespace(model=str(ROOT / "demo" / "model"), data=demo_data, method=method, lc_layer=1,
+                     et_layer=3, dtype="fp32", records=6, device="cpu", micro_batch_tokens=200,
+                     compile="no")
+    *_, records = given = bench.prepare(args)
+    losses = []
+    for model, compute in (bench.ours(*given), bench.peer(*given, batch=4)):
+        losses.append({term: mean.item() for term, mean in compute(records).items()})
+    assert losses[0] == pytest.approx(losses[1], rel=1000 * EPS)
 
 
 COUNT_PAGES = """
