@@ -80,7 +80,7 @@ def main(argv=None) -> None:
         read_questions(args.test)               # a malformed test file should fail now
     tokenizer, result = Tokenizer(config), os.path.join(out, "model")
     records, val, counts = read_records(args, method, tokenizer)
-    say(f"data      {args.data}: {counts}" + f"; {len(val):,} held out" * bool(val))
+    say(f"data      {args.data}: {counts}" + (f"; {len(val):,} held out" if val else ""))
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
     architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
@@ -571,7 +571,7 @@ def checkpoint_tensors(model: DFT, optimizer) -> dict:
 
 def checkpoints(out: str) -> list:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-" + "[0-9]" * 6)))
+    return sorted(glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-[0-9]*[0-9]")))
 
 
 def last_checkpoint(out: str) -> str:
