@@ -98,7 +98,7 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
         if side == "english" and (english or (row.get("lang") or default_lang) != "en"):
             target = english
         if side == "translation" and target:
-            source = f"from {LANGUAGES[row['lang']]} " if row.get("lang") in LANGUAGES else ""
+            source = f"from {LANGUAGES[row['lang']]} " if str(row.get("lang")) in LANGUAGES else ""
             task = f"Translate the following sentences {source}to English."
             target = english and [task, query_text(target), query_text(english)]
         if target is None:
@@ -141,7 +141,7 @@ def english_records(rows: list, tokenizer: "Tokenizer", max_length: int, share: 
         if side:
             distinct[tuple(side)] = None
     sides = list(distinct)
-    order = np.random.RandomState([seed, len(sides)]).permutation(len(sides))
+    order = np.random.RandomState([seed % 2 ** 32, len(sides)]).permutation(len(sides))
     for n in sorted(order[:round(share * len(sides))]):
         record = encode_side(sides[n], tokenizer)
         record.answer = record.answer[:max(0, max_length - len(record.prompt))]
@@ -234,6 +234,10 @@ def read_text(path: str) -> str:
 def read_rows(path: str) -> list:
     """A JSONL file or a JSON array of objects -> [(where, object)]: file:line or file[index]."""
     text, rows = read_text(path), []
+    if path.endswith((".csv", ".tsv")):
+        raise InputError(f"{path}: expected JSONL or a JSON array; convert CSV with python -c "
+                         "'import csv, json, sys; [print(json.dumps(row)) for row in "
+                         "csv.DictReader(sys.stdin)]' < IN > OUT")
     array = text.lstrip()[:1] == "["
     for n, line in enumerate([text] if array else text.split("\n"), 1):    # not at U+2028
         if not line.strip():
@@ -241,8 +245,8 @@ def read_rows(path: str) -> list:
         try:
             value = json.loads(line, object_pairs_hook=to_dict)
         except ValueError as error:
-            raise InputError(f"{path}:{n}: malformed JSON: {error}; expected JSONL or a JSON array "
-                             "(convert CSV to JSONL)") from None
+            raise InputError(f"{path}:{n}: malformed JSON: {error}; expected JSONL or a JSON "
+                             "array") from None
         for m, row in enumerate(value if array else [value]):
             where = f"{path}[{m}]" if array else f"{path}:{n}"
             if not isinstance(row, dict):

@@ -314,5 +314,5 @@ def choose_layers(entropy: list):
         (first_1, i), (first_2, last_2) = drops[:2]
         reason = f"the entropy drops in layers {first_1}-{i} and again in {first_2}-{last_2}"
         return i, first_2 - 1, reason
-    reason = f"the entropy drops {len(drops)} times, not twice; 2/32 and 15/32 of the depth"
+    reason = "no two drops of the entropy found; these are 2/32 and 15/32 of the depth"
     return max(1, round(2 / 32 * L)), max(1, round(15 / 32 * L)), reason

@@ -97,7 +97,9 @@ class Subject:
         print(f"{self.folder} gets prompts {form}. One a line; ^D ends.", file=sys.stderr)
         while True:
             try:
-                self.stream(input("> " if sys.stdin.isatty() else ""), max_new_tokens)
+                line = input("> " if sys.stdin.isatty() else "")
+                if line.strip():
+                    self.stream(line, max_new_tokens)
             except (EOFError, KeyboardInterrupt):
                 return
             except (InputError, ValueError) as error:
@@ -173,7 +175,8 @@ def read_questions(path: str) -> dict:
     """{language: [Item]} of a file of records; the language is "en" if a record has no lang."""
     questions = {}
     for where, row in read_rows(path):
-        texts = [text_of(where, row, key) for key in ("instruction", "input", "output")]
+        texts = [text_of(where, row, key, key == "input")
+                 for key in ("instruction", "input", "output")]
         item = Item(prompt_text(*texts[:2]), [], texts[2].strip())
         questions.setdefault(str(row.get("lang", "en")), []).append(item)
     return questions
@@ -243,6 +246,8 @@ def lens_numbers(subject: Subject, args) -> dict:
         english.append(entropy[:, len(query):-1])
         if ids[0] != ids[1]:
             first.append(p[:, -1])                              # (L + 1, 2)
+    if not own:
+        raise InputError(f"{args.data}: no record with a whole English side")
     numbers = {"entropy": torch.cat(own, 1).mean(1).tolist(),
                "entropy_en": torch.cat(english, 1).mean(1).tolist()}
     if first:
@@ -484,7 +489,7 @@ def read_flores(lang: str, path: str, path_en: str | None) -> list:
         if re.match(r"\s*\[?\s*{", text):               # FLORES+: JSON, not plain sentences
             sides[side] = [text_of(where, row, "text") for where, row in read_rows(file)]
         else:
-            sides[side] = text.rstrip("\n").split("\n")
+            sides[side] = re.split("\r?\n", text.strip())
     a, b = sides.values()
     if len(a) != len(b):
         raise InputError(f"{path}: {len(a)} and {len(b)} sentences, expected equally many")
@@ -494,7 +499,7 @@ def read_flores(lang: str, path: str, path_en: str | None) -> list:
 # ------------------------------------------------------------------------------------- command line
 
 def parse(argv=None):
-    parser = argparse.ArgumentParser(description=__doc__,
+    parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
@@ -579,7 +584,8 @@ def show_lens(args, settings: tuple) -> None:
         print(f"\ni = {found['i']}, j = {found['j']}: {found['why']}\n")
     if args.out:
         write_json(results, args.out)
-    print("Next, a picture: python demo/figures.py", args.out or "FILE (written by --out FILE)")
+    print(f"Next: python demo/figures.py {args.out} lens.png" if args.out else
+          "Next: --out lens.json writes the numbers, from which demo/figures.py draws")
 
 
 def main(argv=None) -> None:
@@ -601,6 +607,7 @@ def main(argv=None) -> None:
 
 if __name__ == "__main__":
     try:
+        sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without UTF-8
         main()
         sys.stdout.flush()
     except BrokenPipeError:                             # eval.py | head

@@ -97,6 +97,15 @@ class Config:
     def read(cls, folder: str) -> "Config":
         """The Config of folder/config.json; InputError for a file or model we do not support."""
         path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
+        if not path.exists():
+            hint = "expected a Hugging Face model folder"
+            if Path(folder, "model", "config.json").exists():
+                hint = f"did you mean {folder}/model?"
+            elif Path(folder, "adapter_config.json").exists():
+                hint = "it is a LoRA adapter; merge it into its base model first"
+            elif not Path(folder).exists():
+                hint = f"no such folder; to download a model: hf download {folder} --local-dir DIR"
+            raise InputError(f"{folder}: no config.json; {hint}")
         raw = read_json(path)
         family = raw.get("model_type")
         if str(family) not in DEFAULTS:
@@ -138,6 +147,13 @@ class Config:
             if not c["eos_ids"] or not all(i in range(c["vocab_size"]) for i in special):
                 raise ValueError(f"bos_token_id is {c['bos_token_id']}, eos_token_id is "
                                  f"{c['eos_token_id']}; expected ids below vocab_size")
+            for name, kind in cls.__annotations__.items():
+                value = c[name]
+                number = kind in (int, float) and name != "bos_token_id"
+                if number and not (type(value) in (int, kind) and value > 0):
+                    raise ValueError(f"{name} is {value!r}, expected a positive {kind.__name__}")
+                if kind is bool and type(value) is not bool:
+                    raise ValueError(f"{name} is {value!r}, expected true or false")
             return cls(**{name: c[name] for name in cls.__annotations__})
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error

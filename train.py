@@ -23,6 +23,7 @@ import argparse
 import ctypes
 import dataclasses
 import datetime
+import difflib
 import fcntl
 import glob
 import hashlib
@@ -80,7 +81,7 @@ def main(argv=None) -> None:
         read_questions(args.test)               # a malformed test file should fail now
     tokenizer, result = Tokenizer(config), os.path.join(out, "model")
     records, val, counts = read_records(args, method, tokenizer)
-    say(f"data      {args.data}: {counts}" + (f"; {len(val):,} held out" if val else ""))
+    say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
     architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
@@ -88,9 +89,9 @@ def main(argv=None) -> None:
                                      "config": hashlib.sha256(architecture).hexdigest()[:16]})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
-    if stored:
+    if stored is not None:
         compare_settings(settings, stored, path)
-    if stored and os.path.exists(result):
+    if stored and os.path.exists(os.path.join(result, "config.json")):
         say("finished  this run is already complete; use a new --out to train again")
         return report(args, result, ranks)
 
@@ -101,13 +102,18 @@ def main(argv=None) -> None:
         i, j = stored["lc_layer"], stored["et_layer"]
     elif method.signals() and not (i and j):
         auto_i, auto_j, why = read_layers(model, records)
-        i, j = i or auto_i, j or auto_j
+        j = j or max(auto_j, i)
+        i = i or min(auto_i, j)
         say(f"layers    i = {i}, j = {j} of {config.num_hidden_layers}; auto: {why}")
     model.method = dataclasses.replace(method, lc_layer=i, et_layer=j)
+    first = int((args.train_layers or "1").split("-")[0])
+    if any(model.method.layer(term) < first for term in method.signals()):
+        raise InputError(f"--train_layers {args.train_layers}: a loss at layer i = {i} or j = {j} "
+                         "would train nothing; begin with a layer below, or use --lc none")
     settings.lc_layer, settings.et_layer = i, j         # the settings are final from here on
     if ranks.rank == 0:
         write_json(vars(settings), path)
-    say("settings  " + "  ".join(f"{key}={value}" for key, value in vars(settings).items()))
+    say(f"settings  {path}")
     parameters = sum(p.numel() for p in model.parameters())
     say(f"run       {steps:,} steps of {min(args.batch_size, len(records))} records, "
         f"{parameters:,} parameters, on {ranks.world} x {ranks.device.type}")
@@ -116,9 +122,10 @@ def main(argv=None) -> None:
         progress = load_checkpoint(settings, model, optimizer, ranks)
     if metrics:                                 # steps after the checkpoint are run again
         metrics.seek(0)
-        for _ in range(progress.step):
-            metrics.readline()
+        kept = sum(metrics.readline().endswith(b"\n") for _ in range(progress.step))
         metrics.truncate()
+        if kept < progress.step:
+            say(f"warning   metrics.jsonl has only {kept} of the {progress.step} lines before this")
 
     stop = []                                   # times of stop signals
     handle_signals(stop)
@@ -128,6 +135,9 @@ def main(argv=None) -> None:
             say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give "
                 f"the same command with --out {out}")
             return
+        if progress.updates == 0:
+            raise FloatingPointError("no step had a finite loss and gradient, so the model is not "
+                                     "saved; try a lower --lr or --dtype fp32")
         save(model.model, result, DTYPES[args.dtype], chat_template(bool(tokenizer.bos)))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: {error}; {last_checkpoint(out)}; resolve this and give the same "
@@ -382,7 +392,8 @@ def read_records(args, method: Method, tokenizer: Tokenizer):
                              "train on")
         val_rows, rows = [rows[n] for n in order[:size]], [rows[n] for n in sorted(order[size:])]
     if val_rows:
-        val, _ = make_records(val_rows, tokenizer, side, args.max_length, features)
+        val, counts = make_records(val_rows, tokenizer, side, args.max_length, features)
+        say(f"val       {args.val or args.data}: {counts}")
     records, counts = make_records(rows, tokenizer, side, args.max_length, features)
     if args.english and side != "english":
         records += english_records(rows, tokenizer, args.max_length, args.english, args.seed,
@@ -435,8 +446,7 @@ def report(args, result: str, ranks: Ranks) -> None:
     if ranks.rank > 0:
         return
     with open(os.path.join(os.path.dirname(result), "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file]
-    lines = [line for line in lines if "val_loss" in line]
+        lines = [json.loads(line) for line in file if "val_loss" in line]
     if lines:
         best = min(lines, key=lambda line: line["val_loss"])
         say(f"val       the loss on held-out records was lowest at step {best['step']:,}: "
@@ -444,10 +454,11 @@ def report(args, result: str, ranks: Ranks) -> None:
     if args.test:
         table = compare({"before": args.model, "after": result}, args.test, ranks.device.type,
                         DTYPES[args.dtype])
-        say(f"\nExact match on {args.test}:\n\n{table}")
+        say(f"\nExact match on {args.test}, and the share of answers in the language that was "
+            f"asked:\n\n{table}")
     say(f"\nThe model is in {result}. Next, ask it something, or look at its layers:\n"
-         f"  python eval.py --model {result} --prompt 'a question'\n"
-         f"  python eval.py --model {args.model} {result} --task lens --data {args.data}")
+        f"  python eval.py --model {result} --prompt 'a question'\n"
+        f"  python eval.py --model {args.model} {result} --task lens --data {args.data}")
 
 
 # ------------------------------------------------------------- supporting code: the folder of a run
@@ -723,7 +734,12 @@ def parse(argv=None) -> argparse.Namespace:
     add("--peak_tflops", 989.0, "peak TFLOP/s of one GPU (989: H100 SXM, dense bf16)")
     add("--mfu", 0.4, "expected fraction of the peak")
 
-    if parser.parse_known_args(argv)[0].model is None:
+    known, unknown = parser.parse_known_args(argv)
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
+        hint = f"; did you mean {close[0]}?" if close else "; see --help"
+        raise InputError(f"{unknown[0]}: no such option{hint}")
+    if known.model is None:
         parser.set_defaults(**DEMO)
     args = parser.parse_args(argv)
     lc, et = SIGNALS[args.method]
@@ -769,6 +785,7 @@ class Output:
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
+        self.stream.reconfigure(errors="backslashreplace")      # for terminals without UTF-8
 
     def write(self, text):
         try:

@@ -54,17 +54,17 @@ def draw_lens(pyplot, models: list, trained: list | None):
         layers = range(len(model["entropy"]))
         left.plot(layers, model["entropy"], label=f"queries in {language}", **TARGET)
         left.plot(layers, model["entropy_en"], label="the same in English", **ENGLISH)
-        left.set(title=f"{name}: entropy, n = {model['n']} records\n", ylabel="entropy (nats)")
+        left.set(title=f"entropy, {model['n']} records\n", ylabel=f"{name[:24]}\n\nentropy (nats)")
         image = middle.imshow(model["map"], aspect="auto", origin="lower", cmap="cividis", vmin=0,
                               vmax=top)
         figure.colorbar(image, ax=middle, label="entropy (nats)")
-        middle.set(title=f"{name}: entropy, one query in {language}\n", ylabel="layer")
+        middle.set(title=f"entropy, one query in {language}\n", ylabel="layer")
         for layer in {i, j}:
             middle.axhline(layer, color="white", linestyle=":", linewidth=1.2)
         if "p_target" in model:
             right.plot(layers, model["p_target"], label=f"answer in {language}", **TARGET)
             right.plot(layers, model["p_english"], label="answer in English", **ENGLISH)
-        right.set(title=f"{name}: answer, first token, n = {model['pivots']}\n",
+        right.set(title=f"first token of the answer, {model['pivots']} records\n",
                   ylabel="probability")
         for axes in (left, right):
             mark(axes, i, j)

@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 import train
 from data import Counts, Tokenizer, english_records, make_records, read_rows
 from dft import Method
-from model import Config
+from model import Config, InputError
 
 
 @pytest.fixture(scope="module")
@@ -76,7 +76,7 @@ def test_held_out_losses_are_those_of_the_reference_and_change_nothing(demo_data
 
 def test_only_the_chosen_weights_are_trained(demo_data, tmp_path):
     train.main(command(tmp_path / "run", demo_data, "--steps", 2, "--batch_size", 8,
-                       "--train_layers", "2-3", "--train_modules", "mlp"))
+                       "--lc", "none", "--train_layers", "2-3", "--train_modules", "mlp"))
     before = load_file(Path(DEMO, "model.safetensors"))
     after = load_file(tmp_path / "run" / "model" / "model.safetensors")
     changed = {name for name in before if not torch.equal(before[name].float(), after[name])}
@@ -85,6 +85,11 @@ def test_only_the_chosen_weights_are_trained(demo_data, tmp_path):
     state = tmp_path / "run" / "checkpoints" / "step-000002" / "state.json"
     stored = json.loads(state.read_text())
     assert len(stored["files"]) == 2                    # one for each of the two layers
+
+
+def test_a_loss_below_the_trained_layers_is_refused(demo_data, tmp_path):
+    with pytest.raises(InputError, match="--train_layers 2-3: a loss at layer i = 1"):
+        train.main(command(tmp_path, demo_data, "--steps", 2, "--train_layers", "2-3"))
 
 
 def test_chosen_layers_on_two_ranks_give_the_losses_of_one(demo_data, tmp_path):

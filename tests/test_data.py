@@ -357,7 +357,7 @@ def test_the_method_sft_trains_on_english_and_on_nothing_else(demo):
 def test_a_row_without_a_query_or_an_answer_is_dropped_and_counted(demo, keys):
     records, counts = records_of([example(0), example(1, **keys), example(2)], demo)
     assert (counts.read, counts.kept, counts.empty, len(records)) == (3, 2, 1, 2)
-    with pytest.raises(InputError, match="row 0 .*0 of 1 records kept; 1 dropped: no query or no"):
+    with pytest.raises(InputError, match="row 0 .*0 of 1 records kept; 1 dropped: a query or"):
         records_of([example(1, **keys)], demo)
 
 
@@ -412,7 +412,7 @@ BAD_FILES = {
     "a key twice": (b'{"a": 1}\n{"b": 1, "c": 1, "b": 2}', "rows:2: .*'b' occurs twice"),
     "a key twice in an array": (b'[{"id": 1, "id": 2}]', "rows:1: .*'id' occurs twice"),
     "plain text": ("你好。\n".encode(), "rows:1: malformed.*expected JSONL or a JSON array"),
-    "CSV": (b"instruction,output\na,b\n", "rows:1: malformed JSON.*convert CSV to JSONL"),
+    "CSV": (b"instruction,output\na,b\n", "rows:1: malformed JSON.*expected JSONL or a JSON array"),
     "blank": (b"\xef\xbb\xbf \n\n", "rows: no records"), "empty array": (b"[]", "rows: no records"),
     "not UTF-8": ('{"instruction": "café"}'.encode("latin-1"), "rows: not UTF-8")}
 
@@ -492,3 +492,9 @@ def test_a_fingerprint_changes_with_every_id_its_position_and_its_field():
               [Record([1, 2], [3], (0, 1), [4, 5]), b]]
     assert len({fingerprint(records) for records in ([a, b], *others)}) == 8
     assert fingerprint([a, b]) == fingerprint([Record([1, 2], [3], (0, 0), [4, 5]), b])
+
+
+def test_a_csv_file_is_refused_with_the_command_that_converts_it(tmp_path):
+    (tmp_path / "rows.csv").write_text("instruction,output\na,b\n")
+    with pytest.raises(InputError, match="rows.csv: expected JSONL.*csv.DictReader"):
+        read_rows(str(tmp_path / "rows.csv"))

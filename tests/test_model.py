@@ -5,6 +5,7 @@
 import dataclasses
 import os
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -375,5 +376,11 @@ def test_a_folder_config_or_key_that_is_missing_is_named(family, tmp_path):
     (tmp_path / "hidden_size" / "config.json").write_text('{"model_type": "llama"')
     with pytest.raises(InputError, match="config.json: not valid JSON"):
         load(str(tmp_path / "hidden_size"))
-    with pytest.raises(InputError, match="nowhere.*No such file.*expected a Hugging Face folder"):
+    with pytest.raises(InputError, match="nowhere: no config.json; no such folder.*hf download"):
         load(str(tmp_path / "nowhere"))
+    run = Path(variant(family("llama2"), tmp_path / "run" / "model")).parent
+    with pytest.raises(InputError, match="run: no config.json; did you mean .*run/model"):
+        load(str(run))
+    (tmp_path / "adapter_config.json").write_text("{}")
+    with pytest.raises(InputError, match="no config.json; it is a LoRA adapter"):
+        load(str(tmp_path))

@@ -105,7 +105,7 @@ def test_the_demo_runs_and_says_what_to_do_next(tmp_path, capsys):
     train.main(["--steps", "20", "--batch_size", "6", "--out", str(out), "--test",
                 str(tmp_path / "test.jsonl")])
     printed = capsys.readouterr().out
-    assert "layers    i = 1, j = 3 of 6, read off the lens" in printed
+    assert "layers    i = 1, j = 3 of 6" in printed
     assert "20 steps of 6 records" in printed and "| language | questions | before |" in printed
     model, chat, lens = printed.splitlines()[-3:]
     assert model.startswith(f"The model is in {out}/model. Next")
@@ -227,10 +227,10 @@ def test_a_dry_run_counts_six_flops_for_each_weight_that_a_token_passes(demo_dat
     (["--steps", "0"], "--steps is 0, expected more than 0"),
     (["--lr", "nan"], "--lr is nan, expected more than 0"),
     (["--weight_decay", "-1"], "--weight_decay is -1.0, expected at least 0"),
-    (["--warmup", "3"], "--warmup is 3.0, expected a share"),
+    (["--warmup", "3"], "--warmup is 3.0, expected"),
     (["--method", "sft", "--lc", "logits"], "--method sft trains on English only"),
     (["--replicas", "2"], "--replicas and --cpu_offload need torchrun"),
-    (["--model", "nowhere"], "nowhere/config.json: No such file"),
+    (["--model", "nowhere"], "nowhere: no config.json; no such folder"),
 ])
 def test_impossible_settings_are_refused_before_a_folder_is_made(more, words, demo_data, tmp_path):
     with pytest.raises(InputError, match=words):
