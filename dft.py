@@ -211,9 +211,10 @@ def pool(x, packed: Packed, layer: int, spans: list, how: str = "mean"):
         indices += span
         number += [n] * len(span)
     states = x.index_select(0, packed.index(indices, layer).to(x.device)).float()   # (n, D)
-    number = torch.tensor(number, dtype=torch.long, device=x.device)                # (n,)
+    number = torch.tensor(number, dtype=torch.long)                                 # (n,)
     count = torch.bincount(number, minlength=len(spans))[:, None]                   # (spans, 1)
-    return states.new_zeros(len(spans), x.shape[1]).index_add(0, number, states) / count
+    total = states.new_zeros(len(spans), x.shape[1]).index_add(0, number.to(x.device), states)
+    return total / count.to(x.device)
 
 
 def nll(logits, target, limit: float | None, with_grad: bool):

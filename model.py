@@ -40,6 +40,8 @@ class InputError(Exception):
 
 def pick_device(name: str) -> str:
     """The device type for auto, cpu or cuda; auto is cuda where there is one."""
+    # cuDNN's attention builds a plan for every new length, which takes about a second.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device; use --device cpu or a CUDA build of torch")
     if name == "auto":

@@ -143,7 +143,7 @@ def smollm2():
     return folder
 
 
-EIGHT = ("--steps", 8, "--batch_size", 10, "--save_every", 4)
+EIGHT = ("--steps", 8, "--batch_size", 5, "--save_every", 4)
 
 
 @pytest.fixture(scope="session")

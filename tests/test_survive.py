@@ -30,7 +30,7 @@ import train
 from model import InputError
 
 pytestmark = pytest.mark.filterwarnings("ignore:torch.distributed is disabled")
-LONG = ("--steps", 5000, "--batch_size", 10, "--save_every", 4)
+LONG = ("--steps", 5000, "--batch_size", 5, "--save_every", 4)
 LAST = "checkpoints/step-000008"
 
 
