@@ -36,8 +36,11 @@ def metrics(out):
 
 def numbers(out):
     """The same without times and memory, in which two equal runs may differ."""
-    clock = ("tokens_per_s", "seconds", "peak_mem_mib")
-    return [{key: line[key] for key in line if key not in clock} for line in metrics(out)]
+    lines = metrics(out)
+    for line in lines:
+        for key in ("tokens_per_s", "seconds", "peak_mem_mib"):
+            del line[key]
+    return lines
 
 
 def tensors(folder):
@@ -108,9 +111,10 @@ class Run:
         """{rank: its process} under torchrun, which gives each a session of its own."""
         pids = {}
         for pid in Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split():
-            for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
-                if word.startswith(b"RANK="):
-                    pids[int(word[5:])] = int(pid)
+            with contextlib.suppress(ProcessLookupError, FileNotFoundError):    # it just ended
+                for word in Path(f"/proc/{pid}/environ").read_bytes().split(b"\0"):
+                    if word.startswith(b"RANK="):
+                        pids[int(word[5:])] = int(pid)
         return pids
 
     def kill(self):

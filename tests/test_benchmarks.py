@@ -390,7 +390,7 @@ def test_one_task_writes_its_scores_with_all_settings_and_every_item(tmp_path, c
     main(["--model", DEMO, "--task", "xcopa", "--lang", "zh", "--data", f"{tmp_path}/xcopa",
           "--limit", "4", "--out", str(out), "--items", str(items), "--bos", "never", "--template",
           "none", "--dtype", "fp32", "--device", "cpu"])
-    (result,), printed = json.loads(out.read_text()), capsys.readouterr().out
+    result, printed = json.loads(out.read_text()), capsys.readouterr().out
     lines = [json.loads(line) for line in items.read_text(encoding="utf-8").splitlines()]
     accuracy = result.pop("scores")["acc"]
     assert accuracy["n"] == 4 and accuracy["mean"] == sum(line["acc"] for line in lines) / 4
