@@ -45,7 +45,7 @@ def scores(report: str) -> dict:
     for line in report.split("\n"):
         cells = [cell.strip() for cell in line.split("|")[1:-1]]
         if cells and cells[0][:2] in LANGUAGES and re.fullmatch(r"[\d.]+%", cells[-1]):
-            found[cells[0][:2]] = float(cells[3].rstrip("%"))
+            found[cells[0][:2]] = float(cells[-2].rstrip("%"))
     return found
 
 
