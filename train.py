@@ -170,7 +170,9 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         batches = rank_batches([records[n] for n in numbers], model, settings, ranks)
 
         # The denominator of each loss: its number of tokens or pairs in the global batch.
-        local = [sum(b.counts.get(term, 0) for b in batches) for term in TERMS]
+        local = []
+        for term in TERMS:
+            local.append(sum(b.counts.get(term, 0) for b in batches))
         *counts, tokens = ranks.total([*local, sum(b.tokens for b in batches)])
 
         # Forward and backward.
@@ -239,7 +241,10 @@ def rank_batches(records: list, model: DFT, settings, ranks: "Ranks") -> list:
     L, idle = config.num_hidden_layers, [Record([config.bos_token_id], [])]
     sizes = [lay_out([record], method, L).tokens for record in records]
     parts = micro_batches(sizes, settings.micro_batch_tokens, ranks.world)[ranks.rank::ranks.world]
-    return [lay_out([records[n] for n in part] or idle, method, L) for part in parts]
+    batches = []
+    for part in parts:
+        batches.append(lay_out([records[n] for n in part] or idle, method, L))
+    return batches
 
 
 @torch.no_grad()
@@ -615,7 +620,8 @@ def plan(args, config: Config, method: Method) -> str:
     with torch.device("meta"):
         model = Transformer(config)
     L, D, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    n, layer = (sum(p.numel() for p in part.parameters()) for part in (model, model.layers[0]))
+    n = sum(p.numel() for p in model.parameters())
+    layer = sum(p.numel() for p in model.layers[0].parameters())
     i = method.lc_layer or max(1, round(L * 2 / 32))
     j = method.et_layer or max(1, round(L * 15 / 32))
     records, _, counts = read_records(args, method, Tokenizer(config))
