@@ -97,5 +97,5 @@ def test_chosen_layers_on_two_ranks_give_the_losses_of_one(demo_data, tmp_path):
     for ranks in (None, 2):
         launch(command(tmp_path / str(ranks), demo_data, *more), ranks)
     for one, two in zip(numbers(tmp_path / "None"), numbers(tmp_path / "2")):
-        # fp32 sums in another order; an early Adam step moves a weight by at most lr = 1e-4
-        assert one["loss"] == pytest.approx(two["loss"], rel=1e-4)
+        for key in ("loss", "grad_norm"):       # fp32 sums in another order
+            assert one[key] == pytest.approx(two[key], rel=1e-4)
