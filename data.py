@@ -1,16 +1,16 @@
 """data.py: turn parallel text into records of token ids, and records into batches."""
-import gzip
+import dataclasses
 import hashlib
 import json
 import math
 import os
 import re
 from array import array
+from collections import Counter
 from dataclasses import dataclass
 
 import numpy as np
 import sentencepiece
-import tiktoken
 
 from model import Config, InputError, read_json
 
@@ -21,9 +21,9 @@ HEAD_WITH_INPUT = ("Below is an instruction that describes a task, paired with a
                    "provides further context. Write a response that appropriately completes the "
                    "request.\n\n### Instruction:\n")
 TAIL = "\n\n### Response:"
-LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "es": "Spanish", "fr": "French",
-             "hi": "Hindi", "ja": "Japanese", "ru": "Russian", "sw": "Swahili", "th": "Thai",
-             "vi": "Vietnamese", "zh": "Chinese"}
+LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "es": "Spanish",
+             "fr": "French", "hi": "Hindi", "ja": "Japanese", "ru": "Russian", "sw": "Swahili",
+             "th": "Thai", "vi": "Vietnamese", "zh": "Chinese"}
 KEYS = ("instruction", "input", "output")       # of a row; its English side: instruction_en, ...
 
 
@@ -43,40 +43,26 @@ def chat_template(bos: bool) -> str:
     return check + "{{ bos_token }}" * bos + prompt_text("{{ messages[0]['content'] }}", "")
 
 
-@dataclass
+@dataclass(slots=True)
 class Record:
     """Token ids of a row. The fields with _en are None (spans (0, 0)) if there is no English side
-    or if they are not needed."""
-    prompt: list                        # begins with BOS if the model's own tokenizer adds it
-    answer: list                        # ends with EOS unless it was cut
+    or if they are not needed. Ids are arrays of 4 bytes each, as there may be many records."""
+    prompt: array                       # begins with BOS if the model's own tokenizer adds it
+    answer: array                       # ends with EOS unless it was cut
     query: tuple = (0, 0)               # the query's tokens are prompt[query[0]:query[1]]
-    query_en: list | None = None        # the English query without template, BOS and EOS
-    answer_en: list | None = None
-    prompt_en: list | None = None       # for feature losses
+    query_en: array | None = None       # the English query without template, BOS and EOS
+    answer_en: array | None = None
+    prompt_en: array | None = None      # for feature losses
     prompt_en_query: tuple = (0, 0)     # where the English query is in prompt_en
 
 
-@dataclass
-class Counts:
-    """How many rows were kept, cut or dropped."""
-    read: int = 0
-    kept: int = 0
-    parallel: int = 0       # of those kept: with an English side
-    target_only: int = 0    # of those kept: without a whole one, although the method uses it
-    cut: int = 0            # of those kept: with an end cut off at --max_length
-    empty: int = 0          # dropped: no query or no answer
-    long: int = 0           # dropped: the prompt leaves no room for an answer
-    english: int = 0        # English sides that were added as records of their own
-    joined: str = ""        # how two files were joined: "by id" or "by position"
+class Counts(Counter):
+    """How many rows were read, kept, cut, dropped and so on: {what: number}."""
 
     def __str__(self):
-        joined = f", joined {self.joined}" if self.joined else ""
-        parts = [(self.parallel, "with an English side"), (self.target_only, "without a whole one"),
-                 (self.english, "English records added"), (self.cut, "cut at --max_length"),
-                 (self.empty, "dropped: a query or answer is missing"),
-                 (self.long, "dropped: prompt too long for --max_length")]
-        text = [f"{self.kept:,} of {self.read:,} records kept{joined}"]
-        return "; ".join(text + [f"{number:,} {what}" for number, what in parts if number])
+        parts = [f"{self['kept']:,} of {self['read']:,} records kept"]
+        parts += [f"{n:,} {what}" for what, n in self.items() if what not in ("kept", "read")]
+        return "; ".join(parts)
 
 
 def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
@@ -91,7 +77,7 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
     then dropped, unless it is English itself: lang is "en", or missing and no row has output_en.
     Answers and the English query are cut so that with each prompt they fit max_length tokens.
     """
-    counts, records = Counts(read=len(rows), joined=rows[0][1].get("joined", "")), []
+    counts, records = Counts(read=len(rows)), []
     default_lang = None if any(row.get("output_en") for _, row in rows) else "en"
     for where, row in rows:
         target, english = read_side(where, row, ""), read_side(where, row, "_en")
@@ -102,33 +88,38 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
             task = f"Translate the following sentences {source}to English."
             target = english and [task, query_text(target), query_text(english)]
         if target is None:
-            counts.empty += 1
+            counts["dropped: a query or answer is missing"] += 1
             continue
         record = encode_side(target, tokenizer)
         parallel = side == "both" and english is not None
         if parallel:
             other = encode_side(english, tokenizer)
-            record.query_en = tokenizer.encode([query_text(english)])[0]
+            record.query_en = array("i", tokenizer.encode([query_text(english)])[0])
             record.answer_en = other.answer
             if english_prompt:
                 record.prompt_en, record.prompt_en_query = other.prompt, other.query
         room = max_length - len(record.prompt)
-        room_en = min(room, max_length - len(record.prompt_en or []))
+        room_en = min(room, max_length - len(record.prompt_en or ()))
         if room_en < 1:
-            counts.long += 1
+            counts["dropped: prompt too long for --max_length"] += 1
             continue
         whole = [record.answer, record.query_en, record.answer_en]
         record.answer = record.answer[:room]
         if parallel:
             record.query_en, record.answer_en = record.query_en[:room], record.answer_en[:room_en]
-        elif side == "both":
-            counts.target_only += 1
-        counts.cut += whole != [record.answer, record.query_en, record.answer_en]
-        counts.parallel += parallel
+        if side == "both":
+            counts["with an English side" if parallel else "without a whole English side"] += 1
+        if whole != [record.answer, record.query_en, record.answer_en]:
+            counts["cut at --max_length"] += 1
+        if "joined" in row:
+            counts[f"joined {row['joined']}"] += 1
         records.append(record)
-    counts.kept = len(records)
+        counts["kept"] += 1
     if not records:
         raise InputError(f"{rows[0][0]} and after: nothing to train on: {counts}")
+    if side == "both" and not counts["with an English side"]:
+        raise InputError(f"{rows[0][0]} and after: no row has an English side (instruction_en and "
+                         "output_en); give --data_en FILE, or use --method tft")
     return records, counts
 
 
@@ -146,7 +137,7 @@ def english_records(rows: list, tokenizer: "Tokenizer", max_length: int, share: 
         record = encode_side(sides[n], tokenizer)
         record.answer = record.answer[:max(0, max_length - len(record.prompt))]
         records += [record] if record.answer else []
-    counts.english = len(records)
+    counts["English records added"] = len(records)
     return records
 
 
@@ -172,7 +163,8 @@ def encode_side(texts: list, tokenizer: "Tokenizer") -> Record:
     first = len(os.path.commonprefix([head, prompt]))               # works on lists, too
     last = len(prompt) - len(os.path.commonprefix([tail[::-1], prompt[::-1]]))
     query = len(tokenizer.bos) + first, len(tokenizer.bos) + max(first, last)
-    return Record(tokenizer.bos + prompt, answer + [tokenizer.eos_id], query)
+    whole = array("i", tokenizer.bos + prompt), array("i", answer + [tokenizer.eos_id])
+    return Record(*whole, query)
 
 
 # ------------------------------------------------------------------------------------------ batches
@@ -181,8 +173,8 @@ def fingerprint(records: list) -> str:
     """A digest of all ids of all records; it changes with the data, tokenizer or truncation."""
     digest = hashlib.sha256()
     for record in records:
-        for part in vars(record).values():
-            digest.update(array("q", [*(part or ()), -1]))
+        for field in dataclasses.fields(record):
+            digest.update(array("q", [*(getattr(record, field.name) or ()), -1]))
     return digest.hexdigest()[:16]
 
 
@@ -220,35 +212,34 @@ def micro_batches(sizes: list, budget: int, ranks: int) -> list:
 # --------------------------------------------------------------- supporting code: files, tokenizers
 
 def read_text(path: str) -> str:
-    """The text of a UTF-8 file, or of one that is compressed as .gz, with its line ends."""
+    """The text of a UTF-8 file, with its line ends."""
     try:
-        with (gzip.open if path.endswith(".gz") else open)(
-                path, "rt", encoding="utf-8-sig", newline="") as file:
+        with open(path, encoding="utf-8-sig", newline="") as file:
             return file.read()
     except OSError as error:
-        raise InputError(f"{path}: {error.strerror or error}; expected a text file") from None
-    except (UnicodeDecodeError, EOFError) as error:
-        raise InputError(f"{path}: not UTF-8 ({error})") from None
+        raise InputError(f"{path}: {error.strerror}; expected a text file") from None
+    except UnicodeDecodeError as error:
+        raise InputError(f"{path}: not UTF-8 text ({error})") from None
 
 
 def read_rows(path: str) -> list:
     """A JSONL file or a JSON array of objects -> [(where, object)]: file:line or file[index]."""
+    if path.endswith((".csv", ".tsv", ".gz", ".parquet")):
+        raise InputError(f"{path}: expected JSONL or a JSON array; decompress .gz with gunzip; "
+                         "convert CSV with python -c 'import csv, json, sys; [print(json.dumps(row)"
+                         ") for row in csv.DictReader(sys.stdin)]' < IN > OUT")
     text, rows = read_text(path), []
-    if path.endswith((".csv", ".tsv")):
-        raise InputError(f"{path}: expected JSONL or a JSON array; convert CSV with python -c "
-                         "'import csv, json, sys; [print(json.dumps(row)) for row in "
-                         "csv.DictReader(sys.stdin)]' < IN > OUT")
-    array = text.lstrip()[:1] == "["
-    for n, line in enumerate([text] if array else text.split("\n"), 1):    # not at U+2028
+    is_array = text.lstrip()[:1] == "["
+    for n, line in enumerate([text] if is_array else text.split("\n"), 1):     # not at U+2028
         if not line.strip():
             continue
         try:
             value = json.loads(line, object_pairs_hook=to_dict)
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{n}: malformed JSON: {error}; expected JSONL or a JSON "
                              "array") from None
-        for m, row in enumerate(value if array else [value]):
-            where = f"{path}[{m}]" if array else f"{path}:{n}"
+        for m, row in enumerate(value if is_array else [value]):
+            where = f"{path}[{m}]" if is_array else f"{path}:{n}"
             if not isinstance(row, dict):
                 raise InputError(f"{where}: found a {type(row).__name__}, expected an object")
             rows.append((where, row))
@@ -272,8 +263,8 @@ def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
         found = json.dumps(value)[:40] if key in row else "missing"
         chat = {"conversations", "messages"} & row.keys()
         hint = " (a chat record: convert each question and its answer)" if chat else ""
-        keys = ", ".join(row) + hint
-        raise InputError(f"{where}: {key!r} is {found}, expected text; keys: {keys}")
+        raise InputError(f"{where}: {key!r} is {found}, expected text; its keys: "
+                         f"{json.dumps(list(row))[:200]}{hint}")
     return value
 
 
@@ -305,46 +296,47 @@ def read_parallel(path: str, path_en: str | None = None) -> list:
     return joined
 
 
-# How a byte-level BPE splits a text into words. SmolLM2 splits off every digit before that.
-GPT2_WORDS = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
-GPT2_DIGITS = r"\p{N}|\s+(?=\p{N})|" + GPT2_WORDS
-# Where to split a text so that Gemma's sentencepiece model finds no control token in it.
+# Where to split a text so that Gemma's tokenizer finds no control token in it.
 GEMMA_CONTROL = re.compile(
     r"(?<=<)(?=(?:mask|2mass|unused\d+|start_of_turn|end_of_turn)>)|(?<=\[)(?=@BOS@\])")
 
 
 class Tokenizer:
-    """A folder's tokenizer.model (sentencepiece), else its tokenizer.json (byte-level BPE). Ids are
-    those of transformers, but the text of a special token is plain text, never a control token."""
+    """A folder's tokenizer.model, read by sentencepiece, or else its tokenizer.json, read by the
+    package tokenizers. Ids are those of transformers, but the text of a special token is plain
+    text, never a control token."""
 
     def __init__(self, config: Config):
-        folder, self.bpe, self.gemma = config.folder, None, False
+        folder, self.sp, self.fast = config.folder, None, None
         path, spec = f"{folder}/tokenizer.model", optional_json(folder, "tokenizer.json")
         settings = optional_json(folder, "tokenizer_config.json")
+        added = added_tokens(spec, settings, folder)
         if os.path.exists(path):
             try:
                 self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
             except RuntimeError as error:
                 raise InputError(f"{path}: not a sentencepiece model ({error})") from None
-            self.size = self.sp.get_piece_size()
-            self.gemma = self.sp["<start_of_turn>"] != self.sp.unk_id()
-        elif spec:
-            self.bpe, self.known, self.size = read_bpe(spec, folder)
-        else:
-            raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
-        named = json.dumps(optional_json(folder, "special_tokens_map.json"))
-        added = settings.get("added_tokens_decoder", {}).values() or [      # else the older form:
-            {"content": text, "special": json.dumps(text) in named}
-            for text in optional_json(folder, "added_tokens.json")]
-        for token in [*added, *spec.get("added_tokens", [])]:   # transformers finds them in a text
-            text = token["content"]                             # first; Gemma's model has its own
-            if not token["special"] and not (self.gemma and self.sp[text] != self.sp.unk_id()):
-                raise InputError(f"{folder}: the tokenizer has an added token, {text!r}, which is "
-                                 "not supported; use the tokenizer of the base model")
+            self.size, self.id_of = self.sp.get_piece_size(), self.sp.piece_to_id
+            self.gemma = self.id_of("<start_of_turn>") != self.sp.unk_id()
+            if self.gemma:                              # its added tokens are pieces of the model
+                added = [text for text in added if self.id_of(text) == self.sp.unk_id()]
+            if added and not spec:
+                raise InputError(f"{folder}: {len(added)} tokens were added to the tokenizer, such "
+                                 f"as {added[0]!r}, but there is no tokenizer.json, from which "
+                                 "they could be read; save it with transformers' AutoTokenizer")
+        if added or self.sp is None:
+            if not spec:
+                raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
+            self.fast = read_fast(f"{folder}/tokenizer.json")
+            self.size, self.id_of = self.fast.get_vocab_size(), self.fast.token_to_id
+            self.gemma = self.id_of("<start_of_turn>") is not None
         if not self.size <= config.vocab_size <= self.size + 1024:      # it may have spare rows
             raise InputError(f"{folder}: the tokenizer has {self.size} ids, but vocab_size in "
                              f"config.json is {config.vocab_size}: they do not belong together")
-        self.bos_id, self.eos_id = config.bos_token_id, config.eos_ids[0]
+        end = settings.get("eos_token")                 # a text, or an object with its text
+        end = self.id_of(str(end.get("content") if isinstance(end, dict) else end))
+        self.bos_id = config.bos_token_id
+        self.eos_id = end if end in config.eos_ids else config.eos_ids[0]       # taught in training
         self.bos = [self.bos_id] if adds_bos(spec, settings) else []
 
     def encode(self, texts: list) -> list:
@@ -352,24 +344,38 @@ class Tokenizer:
         return [self.encode_text(text) for text in texts]
 
     def encode_text(self, text: str) -> list:
-        if self.bpe:        # transformers, too, drops bytes that the vocabulary lacks
-            return [i for i in self.bpe.encode_ordinary(text) if i < self.size]
         ids = []
         for part in GEMMA_CONTROL.split(text) if self.gemma else [text]:
-            ids += self.sp.encode(part)
+            if self.fast:
+                ids += self.fast.encode(part, add_special_tokens=False).ids
+            else:
+                ids += self.sp.encode(part)
         return ids
 
     def decode(self, ids: list) -> str:
         """Ids -> text, without control tokens and ids beyond the tokenizer's."""
-        if self.bpe:
-            return self.bpe.decode([i for i in ids if i in self.known], errors="replace")
-        return self.sp.decode([i for i in ids if i < self.size])
+        ids = [i for i in ids if i < self.size]
+        return self.fast.decode(ids) if self.fast else self.sp.decode(ids)
 
 
 def optional_json(folder: str, name: str) -> dict:
     """The JSON object in a file, {} without the file."""
     path = os.path.join(folder, name)
     return read_json(path) if os.path.exists(path) else {}
+
+
+def added_tokens(spec: dict, settings: dict, folder: str) -> list:
+    """The texts of the tokens that were added to a tokenizer and are not special. transformers
+    finds them in a text before it does anything else."""
+    named = json.dumps(optional_json(folder, "special_tokens_map.json"))
+    try:
+        tokens = spec.get("added_tokens") or list(settings.get("added_tokens_decoder", {}).values())
+        for text in () if tokens else optional_json(folder, "added_tokens.json"):  # the older form
+            tokens.append({"content": text, "special": json.dumps(text) in named})
+        return [str(token["content"]) for token in tokens if not token["special"]]
+    except (AttributeError, KeyError, TypeError) as error:
+        raise InputError(f"{folder}: the added tokens in tokenizer.json or tokenizer_config.json "
+                         f"are malformed ({type(error).__name__}: {error})") from None
 
 
 def adds_bos(spec: dict, settings: dict) -> bool:
@@ -382,32 +388,17 @@ def adds_bos(spec: dict, settings: dict) -> bool:
     return any(template and "SpecialToken" in template[0] for template in templates)
 
 
-def read_bpe(spec: dict, folder: str):
-    """A byte-level BPE tokenizer.json -> (tiktoken.Encoding, set of its ids, number of ids)."""
+def read_fast(path: str):
+    """A tokenizers.Tokenizer that takes the text of special tokens as plain text."""
     try:
-        vocab, pre = spec["model"]["vocab"], spec["pre_tokenizer"]
-        steps = pre.get("pretokenizers", [pre])
-        kinds = " ".join(step["type"] for step in steps)
-        words = {"ByteLevel": GPT2_WORDS, "Digits ByteLevel": GPT2_DIGITS}.get(kinds)
-        if kinds == "Split ByteLevel":                          # LLaMA-3
-            words = steps[0]["pattern"]["Regex"]
-        merges = [m.split(" ") if isinstance(m, str) else m for m in spec["model"]["merges"]]
-        tokens = ["".join(merge) for merge in merges]
-        ids = [vocab[token] for token in tokens]
-        if (not words or spec["normalizer"] or steps[-1]["add_prefix_space"] or ids != sorted(ids)
-                or len(set(vocab.values())) < len(vocab)):
-            raise ValueError(f"pre_tokenizer {kinds}, a normalizer, or other ids or merges")
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise InputError(f"{folder}/tokenizer.json: expected a byte-level BPE as of GPT-2, SmolLM2 "
-                         "or LLaMA-3; LLaMA-2 and Gemma need their file tokenizer.model "
-                         f"({type(error).__name__}: {error})") from None
-    # GPT-2's table: a printable byte is its own character, the others are numbered from 256 on.
-    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    other = [b for b in range(256) if b not in printable]
-    byte_of = {chr(b): b for b in printable} | {chr(256 + n): b for n, b in enumerate(other)}
-    size = max(vocab.values()) + 1
-    ranks = {bytes([b]): vocab.get(char, size + b) for char, b in byte_of.items()}
-    for token in tokens:
-        ranks[bytes(byte_of[char] for char in token)] = vocab[token]
-    bpe = tiktoken.Encoding("bpe", pat_str=words, mergeable_ranks=ranks, special_tokens={})
-    return bpe, {i for i in ranks.values() if i < size}, size
+        import tokenizers
+    except ImportError:
+        raise InputError(f"{path}: reading it needs a package: pip install tokenizers") from None
+    try:
+        fast = tokenizers.Tokenizer.from_file(path)
+    except Exception as error:                          # tokenizers raises no narrower class
+        raise InputError(f"{path}: not a tokenizer.json ({error})") from None
+    fast.no_truncation()
+    fast.no_padding()
+    fast.encode_special_tokens = True
+    return fast
