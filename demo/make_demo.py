@@ -3,6 +3,7 @@
     pip install babel==2.18.0               # carries CLDR 47; needed here only, never by train.py
     python demo/make_demo.py                # data, tokenizer, model: about 20 minutes on a CPU core
     python demo/make_demo.py data           # one stage: data | tokenizer | model
+    python demo/make_demo.py model --seed 1 --out runs/second   # another model, for study.py
 
 A fact is (territory, relation) -> answer, in CLDR's codes; (territory, relation) is called a pair. The README
 tells what the data are for. The seed fixes data and tokenizer; weights differ a little between machines.
@@ -12,6 +13,7 @@ import json
 import math
 import os
 import random
+import shutil
 import sys
 import time
 from collections import Counter
@@ -258,14 +260,18 @@ def make_tokenizer() -> None:
             allow_whitespace_only_pieces=True, split_digits=True, num_threads=1, minloglevel=1)
 
 
-def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
-    """Pretrain from scratch and write model/: loss on every token; AdamW, warm-up, then half a cosine."""
-    torch.manual_seed(SEED)
-    rng, facts = random.Random(SEED + 2), find_facts()
-    write_json(CONFIG, os.path.join(MODEL, "config.json"))
-    write_json(TOKENIZER_CONFIG, os.path.join(MODEL, "tokenizer_config.json"))
-    tokenizer = sentencepiece.SentencePieceProcessor(model_file=os.path.join(MODEL, "tokenizer.model"))
-    model = Transformer(Config.read(MODEL))
+def make_model(seed: int, folder: str, steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
+    """Pretrain from scratch and write a folder: loss on every token; AdamW, warm-up, then half a cosine."""
+    torch.manual_seed(seed)
+    rng, facts = random.Random(seed + 2), find_facts()
+    os.makedirs(folder, exist_ok=True)
+    write_json(CONFIG, os.path.join(folder, "config.json"))
+    write_json(TOKENIZER_CONFIG, os.path.join(folder, "tokenizer_config.json"))
+    file = os.path.join(folder, "tokenizer.model")
+    if folder != MODEL:
+        shutil.copyfile(os.path.join(MODEL, "tokenizer.model"), file)
+    tokenizer = sentencepiece.SentencePieceProcessor(model_file=file)
+    model = Transformer(Config.read(folder))
     model.compute_dtype = torch.bfloat16
     for key, p in model.named_parameters():
         if p.dim() == 2:                # what writes into the residual stream starts smaller, as in GPT-2
@@ -299,7 +305,7 @@ def make_model(steps: int = 2800, batch: int = 64, peak: float = 2e-3) -> None:
         if (step + 1) % 100 == 0:
             print(f"step {step + 1}/{steps}  loss {loss.item():.3f}  {count} tokens  "
                   f"{time.time() - start:.0f} s", flush=True)
-    save(model, MODEL, torch.bfloat16)
+    save(model, folder, torch.bfloat16)
     rows = read_data("test.jsonl")
     prompts = [[1] + tokenizer.encode(PROMPT.format(row["instruction"])) for row in rows]
     answers = [tokenizer.decode(ids) for ids in generate(model, prompts, 24)]
@@ -314,10 +320,12 @@ def main() -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("stages", nargs="*", default=list(stages), metavar="STAGE", help=" | ".join(stages))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--seed", type=int, default=SEED, help="seed of the model (default 0)")
+    parser.add_argument("--out", default=MODEL, help="folder of the model (default demo/model)")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     for stage in args.stages:
-        stages[stage]()
+        stages[stage](*((args.seed, args.out) if stage == "model" else ()))
 
 
 if __name__ == "__main__":
