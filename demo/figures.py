@@ -1,15 +1,19 @@
-"""figures.py: pictures of what eval.py --task lens wrote, and of the losses of runs.
+"""figures.py: pictures of what eval.py --task lens wrote, of the losses of runs, and of the study.
 
     python eval.py --model BEFORE AFTER --task lens --data FILE --lang zh --out lens.json
     python demo/figures.py lens.json lens.png --layers 1 3
     python demo/figures.py runs/A/metrics.jsonl runs/B/metrics.jsonl losses.png
+    python demo/figures.py demo/study.csv study.png
 
 A lens picture has a row for each model, with the same axes in all rows: the entropy of the
 next-token distribution that the head reads after each layer; the same for every token of one query;
 and the probability of the English and of the target-language answer. Dotted lines mark layers i and
-j: those given by --layers, else those that the lens of the first model suggests. Needs matplotlib.
+j: those given by --layers, else those that the lens of the first model suggests. A picture of the
+study has a bar for each method: exact match, the mean of three languages over the seeds, and a dot
+for each seed. Needs matplotlib.
 """
 import argparse
+import csv
 import json
 import os
 import sys
@@ -20,6 +24,11 @@ ENGLISH = dict(color="#0072B2", marker="x", linestyle="--", markersize=5)
 LINES = ["-", "--", ":", "-."]
 COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
 NAMES = {"zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
+
+
+def fail(message: str) -> None:
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
 
 
 def short(path: str) -> str:
@@ -100,9 +109,33 @@ def draw_losses(pyplot, runs: dict):
                 steps, values = zip(*points)
                 axes.plot(steps, smooth(values), label=name, color=COLORS[k % len(COLORS)],
                           linestyle=LINES[k % len(LINES)])
+            held = [(row["step"], row[f"val_{term}"]) for row in rows if f"val_{term}" in row]
+            if held:
+                axes.plot(*zip(*held), label=f"{name}, held out", color=COLORS[k % len(COLORS)],
+                          marker="o", linestyle="none")
         axes.set(title=term, xlabel="step", ylabel="mean over 20 steps" if n == 0 else None)
         axes.set_ylim(bottom=0)
     figure.axes[0].legend()
+    return figure
+
+
+def draw_study(pyplot, rows: list):
+    """Bars of exact match by method, the mean of zh, vi and ar, for each pretrained model."""
+    models = list(dict.fromkeys(row["pretrained"] for row in rows))
+    methods = list(dict.fromkeys(row["method"] for row in rows))
+    figure = pyplot.figure(figsize=(8, 1 + 0.32 * len(methods)), layout="constrained")
+    all_axes = figure.subplots(1, len(models), squeeze=False, sharey=True)[0]
+    for model, axes in zip(models, all_axes):
+        for n, method in enumerate(methods):
+            values = [float(row["mean"]) for row in rows
+                      if (row["pretrained"], row["method"]) == (model, method)]
+            if values:
+                color = ENGLISH["color"] if "english 0" in method else TARGET["color"]
+                axes.barh(n, sum(values) / len(values), color=color, alpha=0.6)
+                axes.plot(values, [n] * len(values), "k.", markersize=5)
+        axes.set_yticks(range(len(methods)), methods)
+        axes.set(title=f"pretrained model: {model}", xlabel="exact match, mean of zh, vi, ar (%)")
+    all_axes[0].invert_yaxis()
     return figure
 
 
@@ -110,8 +143,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE",
-                        help="one lens.json, or the metrics.jsonl of one or several runs; and then "
-                        "the picture to write, NAME.png (without it, named like the last file)")
+                        help="one lens.json, the metrics.jsonl of one or several runs, or study.csv; "
+                        "and then the picture to write, NAME.png (without it, named like the last)")
     parser.add_argument("--layers", nargs=2, type=int, metavar=("I", "J"),
                         help="the layers i and j that were trained, to be marked")
     args = parser.parse_args()
@@ -123,23 +156,30 @@ def main() -> None:
         matplotlib.use("Agg")
         from matplotlib import pyplot
     except ImportError:
-        sys.exit("error: figures.py draws with matplotlib: pip install matplotlib")
+        fail("figures.py draws with matplotlib: pip install matplotlib")
     try:
-        runs, models = {}, []
+        runs, models, study = {}, [], []
         for path in files:
             with open(path, encoding="utf-8") as file:
-                if path.endswith(".jsonl"):
+                if path.endswith(".csv"):
+                    study += csv.DictReader(file)
+                elif path.endswith(".jsonl"):
                     runs[short(os.path.dirname(path) or ".")] = [json.loads(line) for line in file]
                 else:
                     models += json.load(file)
-        figure = draw_losses(pyplot, runs) if runs else draw_lens(pyplot, models, args.layers)
+        if study:
+            figure = draw_study(pyplot, study)
+        elif runs:
+            figure = draw_losses(pyplot, runs)
+        else:
+            figure = draw_lens(pyplot, models, args.layers)
     except (OSError, ValueError, KeyError, TypeError, IndexError) as error:
-        sys.exit(f"error: {' '.join(files)}: expected what eval.py --task lens --out wrote, "
-                 f"or metrics.jsonl of a run ({type(error).__name__} {error})")
+        fail(f"{' '.join(files)}: expected what eval.py --task lens --out wrote, metrics.jsonl of "
+             f"a run, or study.csv ({type(error).__name__} {error})")
     try:
         figure.savefig(out, dpi=150)
     except OSError as error:
-        sys.exit(f"error: {out}: {error.strerror}; expected a folder that can be written")
+        fail(f"{out}: {error.strerror}; expected a folder that can be written")
     print(f"The picture is {out}")
 
 
