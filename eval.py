@@ -25,6 +25,7 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -45,14 +46,10 @@ class Subject:
         if bos == "never" and config.gemma:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
-        always = [self.tokenizer.bos_id]
-        self.bos = {"auto": self.tokenizer.bos, "always": always, "never": []}[bos]
+        self.bos = {"auto": self.tokenizer.bos, "never": []}.get(bos, [self.tokenizer.bos_id])
         exported = os.path.exists(path) and read_text(path) in map(chat_template, (True, False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)
-
-    def prompt(self, question: str) -> str:
-        return prompt_text(question, "") if self.alpaca else question
 
     def encode(self, text: str, room: int) -> list:
         """The last `room` ids of a text, with BOS if this model takes it; at least one."""
@@ -68,21 +65,19 @@ class Subject:
         ids = [self.encode(prompt, positions - new) for prompt in prompts]
         if one_line:                                    # ends after a token that holds a line end
             last = [n for n in range(self.tokenizer.size) if "\n" in self.tokenizer.decode([n])]
-        order = sorted(range(len(ids)), key=lambda n: len(ids[n]))
-        rows = max(1, 2 ** 15 // (len(ids[order[-1]]) + new))       # 2^15 tokens in the cache
+        order = sorted(range(len(ids)), key=lambda n: -len(ids[n]))
+        rows = max(1, 2 ** 15 // (len(ids[order[0]]) + new))        # 2^15 tokens in the cache
         for first in tqdm(range(0, len(ids), rows), "answering", leave=False, disable=len(ids) < 2):
             batch = order[first:first + rows]
             for n, reply in zip(batch, generate(self.model, [ids[n] for n in batch], new, last)):
-                text = self.tokenizer.decode(reply)
-                texts[n] = text.split("\n")[0] if one_line else text
-        return [texts[n] for n in range(len(prompts))]
+                texts[n] = self.tokenizer.decode(reply)
+        return [texts[n].split("\n")[0] if one_line else texts[n] for n in range(len(ids))]
 
 
 @torch.no_grad()
 def log_likelihoods(subject: Subject, items: list) -> list:
-    """[log P(choice | context) of each choice], in nats, for each item. Context and choice are
-    encoded as one text; the choice is what follows after as many tokens as the context has by
-    itself. A context that is too long loses its beginning."""
+    """[log P(choice | context) of each choice], in nats, for each item. Both are encoded as one
+    text, of which the choice is what follows after as many tokens as the context has by itself."""
     model, scores = subject.model, []
     L, positions = model.config.num_hidden_layers, model.config.max_position_embeddings
     for item in tqdm(items, "scoring", leave=False):
@@ -105,13 +100,11 @@ def log_likelihoods(subject: Subject, items: list) -> list:
 # -------------------------------------------------------------------------------------------- tests
 
 # Benchmarks: {language: number of items in the split that papers report}
-TASKS = {
-    "xnli": dict(en=2490, zh=2490, vi=2490, ar=2490),                       # validation
-    "xcopa": dict(zh=500, vi=500),                                          # test
-    "truthfulqa": dict(en=817, zh=788, vi=785, ar=773),                     # validation
-    "xquad": dict(en=1190, zh=1190, vi=1190, ar=1190),                      # validation
-    "mlqa": dict(en=11590, zh=5137, vi=5495, ar=5335),                      # test
-}
+TASKS = {"xnli": dict(en=2490, zh=2490, vi=2490, ar=2490),                  # validation
+         "xcopa": dict(zh=500, vi=500),                                     # test
+         "truthfulqa": dict(en=817, zh=788, vi=785, ar=773),                # validation
+         "xquad": dict(en=1190, zh=1190, vi=1190, ar=1190),                 # validation
+         "mlqa": dict(en=11590, zh=5137, vi=5495, ar=5335)}                 # test
 XNLI = {"en": ("right", "Yes", "Also", "No"), "zh": ("正确", "是的", "所以", "不是的"),
         "vi": ("đúng", "Vâng", "Vì vậy", "Không"), "ar": ("صحيح", "نعم", "لذا", "رقم")}
 XNLI_LABELS = {"0": 0, "1": 1, "2": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
@@ -132,7 +125,6 @@ PRIMER = "\n\n".join((
 
 @dataclass
 class Item:
-    """A question."""
     context: str
     choices: list               # continuations, with the space that begins them; [] to let it write
     gold: object                # number of the right choice; without choices, all accepted answers
@@ -203,9 +195,7 @@ def read_benchmark(path: str) -> list:
 
 def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
     """A row of a file -> its prompt, choices and right answer; an error if it does not fit."""
-    def text(key):
-        return text_of(where, row, key)
-
+    text = partial(text_of, where, row)
     if task == "xnli":
         question, *words = XNLI[lang]
         premise, hypothesis = text("premise"), text("hypothesis")
@@ -224,7 +214,7 @@ def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
             texts, labels = list_of_texts(part["choices"]), part["labels"]
             if len(texts) != len(labels) or not {1} <= set(labels) <= {0, 1}:
                 raise ValueError(f"{key}: expected a label for each choice: 0, or 1 if it is right")
-            choices += [" " + text for text in texts]
+            choices += [f" {choice}" for choice in texts]
         if lang != "en":
             question = re.sub(r"\[.*?\]", "", question.strip().replace(" [title]", ". "))
             question = question.replace("  ", " ")
@@ -293,10 +283,9 @@ def bag_of_words(rules: str, lang: str, text: str) -> list:
     return text.split()
 
 
-# {language: (its letters, their least share of all letters of a text)}
+# {language: (letters that are typical of it, their least share of all letters of a text)}
 LETTERS = {"zh": (r"[\u3400-\u9fff]", 0.2), "ar": (r"[\u0621-\u064a]", 0.2),
-           "vi": (r"[\u00c0-\u024f\u1e00-\u1ef9]", 0.02),               # Latin, but not ASCII
-           "en": ("[A-Za-z]", 0.95)}
+           "vi": (r"[\u00c0-\u024f\u1e00-\u1ef9]", 0.02), "en": ("[A-Za-z]", 0.95)}
 
 
 def written_in(lang: str, text: str) -> bool:
@@ -314,7 +303,8 @@ def run_test(subject: Subject, test: Test, limit: int | None = None) -> list:
     elif test.task == "questions":                      # these are in the Alpaca template already
         key, answers = "text", subject.complete(prompts, 64)
     else:
-        prompts = [subject.prompt(prompt) for prompt in prompts]
+        if subject.alpaca:
+            prompts = [prompt_text(prompt, "") for prompt in prompts]
         key, answers = "text", subject.complete(prompts, 256, one_line=True)
     return [{"model": subject.folder, "task": test.task, "lang": test.lang, "prompt": prompt,
              "choices": item.choices, "gold": item.gold, key: answer, **score(test, item, answer)}
@@ -322,8 +312,8 @@ def run_test(subject: Subject, test: Test, limit: int | None = None) -> list:
 
 
 def evaluate(folders: dict, tests: list, limit, *settings) -> tuple:
-    """Run all tests on model folders {title: folder}: (results as for --out, lines as for --items,
-    a Markdown table in percent with standard errors). settings: arguments of Subject()."""
+    """Run all tests on model folders {title: folder}: (what --out holds, what --items holds, a
+    Markdown table in percent, with standard errors). settings: arguments of Subject()."""
     results, lines, rows = [], [], {}
     for folder in folders.values():
         subject = Subject(folder, *settings)
@@ -411,8 +401,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
     add("--prompt", metavar="TEXT", help="answer this one instruction")
-    add("--max_new_tokens", type=int, default=256, metavar="N",
-        help="longest answer to --prompt and in the chat, in tokens (default: 256)")
+    add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
     add("--data", metavar="FILE", help="file of --task; without --task, questions to answer")
     add("--data_en", metavar="FILE", help="the English side of --data, for the lens")
     add("--task", nargs="+", default=[], metavar="TASK",
@@ -428,9 +417,9 @@ def parse(argv=None):
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
     add("--dtype", default="fp32", choices=DTYPES, help="dtype of weights and computation")
     args = parser.parse_args(argv)
-    scoring = any((args.data, args.task, args.limit, args.lang, args.out, args.items))
-    if (args.prompt is not None or not args.data and not args.task) and (
-            scoring or len(args.model) > 1):
+    talks = args.prompt is not None or not args.data and not args.task
+    unwanted = args.data, args.task, args.limit, args.lang, args.out, args.items, args.model[1:]
+    if talks and any(unwanted):
         raise InputError("--prompt, or a chat, takes one --model and no --data, --task, --limit, "
                          "--lang, --out or --items; to score a model, give --data or --task")
     if args.data_en and args.task != ["lens"] or args.items and "lens" in args.task:
@@ -477,14 +466,13 @@ def main(argv=None) -> None:
         if args.out:
             write_json(results if len(results) > 1 else results[0], args.out)
         return
-    subject, questions = Subject(args.model[0], *settings), [args.prompt]
+    subject = Subject(args.model[0], *settings)
     if args.prompt is None:
         form = "in the Alpaca template" if subject.alpaca else "without a template"
         print(f"{args.model[0]} gets prompts {form}. One a line; ^D ends.", file=sys.stderr)
-        questions = sys.stdin
-    for line in questions:
+    for line in sys.stdin if args.prompt is None else [args.prompt]:
         if line.strip():
-            prompt = subject.prompt(line.rstrip("\n"))
+            prompt = prompt_text(line.strip(), "") if subject.alpaca else line.rstrip("\n")
             print(subject.complete([prompt], args.max_new_tokens)[0].strip(), flush=True)
 
 
