@@ -401,7 +401,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
     add("--prompt", metavar="TEXT", help="answer this one instruction")
-    add("--max_new_tokens", type=int, default=256, help="longest answer, in tokens (default: 256)")
+    add("--max_new_tokens", type=int, default=256, help="longest answer in a chat, in tokens (256)")
     add("--data", metavar="FILE", help="file of --task; without --task, questions to answer")
     add("--data_en", metavar="FILE", help="the English side of --data, for the lens")
     add("--task", nargs="+", default=[], metavar="TASK",
@@ -468,8 +468,7 @@ def main(argv=None) -> None:
         return
     subject = Subject(args.model[0], *settings)
     if args.prompt is None:
-        form = "in the Alpaca template" if subject.alpaca else "without a template"
-        print(f"{args.model[0]} gets prompts {form}. One a line; ^D ends.", file=sys.stderr)
+        print(f"One prompt a line; ^D ends. Alpaca template: {subject.alpaca}", file=sys.stderr)
     for line in sys.stdin if args.prompt is None else [args.prompt]:
         if line.strip():
             prompt = prompt_text(line.strip(), "") if subject.alpaca else line.rstrip("\n")

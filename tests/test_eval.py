@@ -53,18 +53,12 @@ def test_every_line_typed_is_answered_and_a_long_one_loses_its_beginning(monkeyp
     assert capsys.readouterr().out.splitlines() == expected
 
 
-def shell(command, given=b""):
-    """A run of `python eval.py --model DEMO` and what follows in a shell command."""
-    start = f"{sys.executable} {ROOT / 'eval.py'} --model {DEMO} "
-    return subprocess.run(["bash", "-c", start + command], input=given, capture_output=True)
-
-
-@pytest.mark.parametrize("command, given, printed", [
-    ("--max_new_tokens 2", b"caf\xe9?\nx\n", 2),           # a line that is not UTF-8
-    ("--prompt x --max_new_tokens 2 >&-", b"", 0), ("--max_new_tokens 2 >&-", b"x\n", 0),
+@pytest.mark.parametrize("rest, given, printed", [
+    ("--max_new_tokens 2", b"caf\xe9?\nx\n", 2), ("--max_new_tokens 2 >&-", b"x\n", 0),
     ("<&-", b"", 0), (f"--data {TEST} --limit 1 | head -1", b"", 1)])
-def test_a_stream_that_is_closed_or_not_utf8_gives_no_traceback(command, given, printed):
-    done = shell(command, given)
+def test_a_stream_that_is_closed_or_not_utf8_gives_no_traceback(rest, given, printed):
+    command = f"{sys.executable} {ROOT / 'eval.py'} --model {DEMO} {rest}"
+    done = subprocess.run(["bash", "-c", command], input=given, capture_output=True, timeout=120)
     assert (done.returncode, done.stdout.count(b"\n")) == (0, printed), done.stderr
     assert b"Traceback" not in done.stderr and b"rror" not in done.stderr
 
@@ -112,7 +106,6 @@ def test_the_language_of_a_text_is_told_by_its_letters(lang, yes, no):
 
 @pytest.mark.parametrize("row, message", [
     (dict(instruction="a", input=""), "'output' is missing"),
-    (dict(instruction="a", output=None), "'output' is null"),
     (dict(instruction=" ", input="", output="b"), "the question or the answer is blank"),
     (dict(instruction="a", output="\n"), "the question or the answer is blank")])
 def test_a_question_without_text_or_answer_is_refused_with_its_line(row, message, tmp_path):
@@ -158,17 +151,13 @@ def test_lens_is_the_mean_over_queries_and_reads_answers_where_prompts_end(tmp_p
     assert again == found
 
 
-def test_answers_that_begin_alike_say_nothing_of_the_english_answer(tmp_path, capsys):
+def test_answers_that_begin_alike_say_nothing_of_the_english_answer(tmp_path):
     row = dict(instruction="问", input="", output="5 x", instruction_en="Q", output_en="5 y")
     path = write(tmp_path / "same.jsonl", [row, {**row, "output": "欧元"}, {**row, "output_en": ""}])
     out = tmp_path / "lens.json"
     main(["--model", DEMO, "--task", "lens", "--data", path, "--out", str(out)])
     found, = json.loads(out.read_text())
     assert (found["n"], found["pivots"]) == (2, 1)
-    assert "| layer | entropy | entropy_en | p_english | p_target |" in capsys.readouterr().out
-    write(tmp_path / "same.jsonl", [row])
-    main(["--model", DEMO, "--task", "lens", "--data", path])
-    assert "| layer | entropy | entropy_en |\n" in capsys.readouterr().out
     write(tmp_path / "same.jsonl", [dict(instruction="问", input="", output="5")])
     with pytest.raises(InputError, match="same.jsonl: no record with an English side"):
         main(["--model", DEMO, "--task", "lens", "--data", path])
@@ -189,18 +178,14 @@ def test_pictures_of_two_models_and_of_two_runs(tmp_path):
         (tmp_path / name).mkdir()
         rows = [dict(step=n, loss=9 / n, lc=None if n % 2 else 2 / n) for n in range(1, 50)]
         write(tmp_path / name / "metrics.jsonl", rows)
-    shapes = []
     for files in (["lens.json", "--layers", "1", "2"],
                   ["a/metrics.jsonl", "b/metrics.jsonl", "losses.png"]):
         done = draw(tmp_path, *files)
         assert done.returncode == 0, done.stderr
-        image = images.imread(str(tmp_path / done.stdout.split()[-1]))
-        shapes.append(image.shape[:2])
-        assert image[..., :3].std() > 0.05
-    assert shapes == [(7.6 * 150, 13 * 150), (3.6 * 150, 2 * 3.6 * 150)]
+        assert images.imread(str(tmp_path / done.stdout.split()[-1]))[..., :3].std() > 0.05
     (tmp_path / "lens.json").write_text('{"scores": 1}')
     done = draw(tmp_path, "lens.json")
-    assert done.returncode == 1 and done.stderr.startswith("error: lens.json: expected what")
+    assert done.returncode and done.stderr.startswith("error: lens.json: expected what")
 
 
 # -------------------------------------------------------------------------------------- mistakes
@@ -211,12 +196,10 @@ TASK = "expected lens or xnli, .* with --data FILE"
 
 @pytest.mark.parametrize("arguments, message", [
     (["--max_new_tokens", "0"], "--limit and --max_new_tokens: expected at least 1"),
-    (["--prompt", "x", "--data", TEST], TALK), (["--prompt", "x", "--limit", "5"], TALK),
-    (["--prompt", "x", "--task", "xcopa.zh=x"], TALK), (["--items", "x"], TALK),
-    (["--prompt", "x", "--model", DEMO, DEMO], TALK), (["--lang", "zh"], TALK),
+    (["--prompt", "x", "--data", TEST], TALK), (["--prompt", "x", "--task", "xnli.en=x"], TALK),
+    (["--prompt", "x", "--model", DEMO, DEMO], TALK), (["--items", "x"], TALK),
     (["--task", "lens"], f"--task lens: {TASK}"),
     (["--task", "lens.zh=x"], f"--task lens.zh=x: {TASK}"),
-    (["--task", "lens", "xnli", "--data", "x"], f"--task lens: {TASK}"),
     (["--task", "lens", "--data", "x", "--items", "y"], "--items for the other tasks only"),
     (["--data", "x", "--data_en", "y"], "--data_en is for --task lens only"),
     (["--task", "squad", "--data", "x"], f"--task squad: {TASK}"),
@@ -226,7 +209,6 @@ TASK = "expected lens or xnli, .* with --data FILE"
     (["--data", TEST, "--lang", "fr"], "test.jsonl: no record has lang fr"),
     (["--task", "lens", "--data", TEST, "--lang", "fr"], r"no record .* \(and lang fr\)"),
     (["--data", "x", "--out", "no/such/folder/x"], "'no/such/folder/x': expected a file name"),
-    (["--data", "x", "--items", "."], "'.': expected a file name of its own, in a folder that"),
     (["--data", "x", "--out", ""], "'': expected a file name"),
     (["--data", "x", "--out", "y", "--items", "y"], "'y': expected a file name of its own"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
@@ -243,9 +225,7 @@ def test_gemma_without_bos_is_refused(family):
         Subject(family("gemma2"), torch.float32, "cpu", bos="never")
 
 
-def test_exit_codes(tmp_path):
+def test_a_mistake_is_one_line_and_exit_code_2(tmp_path):
     done = run("--model", str(tmp_path), "--prompt", "x")
     assert (done.returncode, done.stderr.count("\n")) == (2, 1)
     assert done.stderr.startswith("error: ")
-    done = run("--help")
-    assert done.returncode == 0 and "--task xcopa --lang zh --data" in done.stdout
