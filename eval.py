@@ -275,12 +275,9 @@ def bag_of_words(rules: str, lang: str, text: str) -> list:
     """Lower-case words without punctuation and articles; mlqa: Chinese by the character."""
     text = "".join(c for c in text.lower() if c not in string.punctuation and not (
         rules == "mlqa" and unicodedata.category(c).startswith("P")))
-    articles = {"en": r"\b(a|an|the)\b", "vi": r"\b(của|là|cái|chiếc|những)\b", "ar": r"(?:^|\s)ال"}
-    if lang in articles:
-        text = re.sub(articles[lang], " ", text)
-    if lang == "zh":
-        text = re.sub("([\u4e00-\u9fa5])", r" \1 ", text)
-    return text.split()
+    rule = {"en": (r"\b(a|an|the)\b", " "), "vi": (r"\b(của|là|cái|chiếc|những)\b", " "),
+            "ar": (r"(?:^|\s)ال", " "), "zh": ("([\u4e00-\u9fa5])", r" \1 ")}[lang]
+    return re.sub(*rule, text).split()
 
 
 # {language: (letters that are typical of it, their least share of all letters of a text)}
@@ -470,15 +467,16 @@ def main(argv=None) -> None:
     if args.prompt is None:
         print(f"One prompt a line; ^D ends. Alpaca template: {subject.alpaca}", file=sys.stderr)
     for line in sys.stdin if args.prompt is None else [args.prompt]:
-        if line.strip():
-            prompt = prompt_text(line.strip(), "") if subject.alpaca else line.rstrip("\n")
+        line = line.encode(errors="backslashreplace").decode().strip()      # --prompt $'\xff'
+        if line:
+            prompt = prompt_text(line, "") if subject.alpaca else line
             print(subject.complete([prompt], args.max_new_tokens)[0].strip(), flush=True)
 
 
 if __name__ == "__main__":
     signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # eval.py | head
     try:
-        # A closed stream (>&-) is None. Bytes that are not UTF-8 are read and printed as \\x...
+        # A closed stream (>&-) is None. What is not UTF-8 is read and printed as an escape.
         sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
         for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="backslashreplace")

@@ -55,6 +55,7 @@ def test_every_line_typed_is_answered_and_a_long_one_loses_its_beginning(monkeyp
 
 @pytest.mark.parametrize("rest, given, printed", [
     ("--max_new_tokens 2", b"caf\xe9?\nx\n", 2), ("--max_new_tokens 2 >&-", b"x\n", 0),
+    (r"--max_new_tokens 2 --prompt $'\xff'", b"", 1),
     ("<&-", b"", 0), (f"--data {TEST} --limit 1 | head -1", b"", 1)])
 def test_a_stream_that_is_closed_or_not_utf8_gives_no_traceback(rest, given, printed):
     command = f"{sys.executable} {ROOT / 'eval.py'} --model {DEMO} {rest}"
