@@ -80,20 +80,25 @@ def log_likelihoods(subject: Subject, items: list) -> list:
     text, of which the choice is what follows after as many tokens as the context has by itself."""
     model, scores = subject.model, []
     L, positions = model.config.num_hidden_layers, model.config.max_position_embeddings
-    for item in tqdm(items, "scoring", leave=False):
-        context = item.context.rstrip()                     # spaces at its end begin the choice
-        ids, *both = subject.tokenizer.encode([context, *(item.context + c for c in item.choices)])
-        choices = [joint[len(ids):] for joint in both]
-        longest = max(map(len, choices)) - 1                # its last id is predicted, not read
-        packed, indices, targets = Packed(), [], []
-        prompt = packed.add(subject.encode(context, max(1, positions - longest)), L)
-        for choice in choices:                              # each is a branch of this row
-            continued = packed.add(choice[:-1], L, after=prompt)
-            indices += [prompt[-1], *continued][:len(choice)]           # each predicts the next id
-            targets += choice
+    for first in tqdm(range(0, len(items), 8), "scoring", leave=False):     # 8 items in a pass
+        packed, indices, targets, lengths = Packed(), [], [], []
+        for item in items[first:first + 8]:
+            context = item.context.rstrip()                 # spaces at its end begin the choice
+            texts = [context, *(item.context + choice for choice in item.choices)]
+            ids, *both = subject.tokenizer.encode(texts)
+            choices = [joint[len(ids):] for joint in both]
+            longest = max(map(len, choices)) - 1            # its last id is predicted, not read
+            prompt = packed.add(subject.encode(context, max(1, positions - longest)), L)
+            for choice in choices:                          # each is a branch of this row
+                continued = packed.add(choice[:-1], L, after=prompt)
+                indices += [prompt[-1], *continued][:len(choice)]       # each predicts the next id
+                targets += choice
+                lengths.append(len(choice))
         logits = model.logits(model(packed, (L,))[L][indices])          # (len(targets), V)
         loss = F.cross_entropy(logits, torch.tensor(targets).to(logits.device), reduction="none")
-        scores.append([-own.sum().item() for own in loss.split(list(map(len, choices)))])
+        sums = [-own.sum().item() for own in loss.split(lengths)]       # of every choice
+        for item in items[first:first + 8]:
+            scores.append([sums.pop(0) for _ in item.choices])
     return scores
 
 
@@ -197,9 +202,8 @@ def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
     """A row of a file -> its prompt, choices and right answer; an error if it does not fit."""
     text = partial(text_of, where, row)
     if task == "xnli":
-        question, *words = XNLI[lang]
-        premise, hypothesis = text("premise"), text("hypothesis")
-        choices = [f" {premise}, {question}? {word}, {hypothesis}" for word in words]
+        ask, *words = XNLI[lang]
+        choices = [f" {text('premise')}, {ask}? {word}, {text('hypothesis')}" for word in words]
         return Item("", choices, meaning(row, "label", XNLI_LABELS))
     if task == "xcopa":
         choices = [f" {c[:1].lower()}{c[1:]}" for c in (text("choice1"), text("choice2"))]
@@ -318,11 +322,10 @@ def evaluate(folders: dict, tests: list, limit, *settings) -> tuple:
             answered, scores = run_test(subject, test, limit), {}
             for metric in [key for key, value in answered[0].items() if isinstance(value, float)]:
                 values, n = [line[metric] for line in answered], len(answered)
-                mean = statistics.fmean(values)
                 stderr = statistics.stdev(values) / n ** 0.5 if n > 1 else 0.0
-                scores[metric] = {"mean": mean, "stderr": stderr, "n": n}
+                scores[metric] = {"mean": statistics.fmean(values), "stderr": stderr, "n": n}
                 row = rows.setdefault((number, metric), [f"{test.task}.{test.lang} {metric}", n])
-                row.append(f"{100 * mean:.1f} ± {100 * stderr:.1f}")
+                row.append(f"{100 * scores[metric]['mean']:.1f} ± {100 * stderr:.1f}")
             alpaca = test.task == "questions" or subject.alpaca and not test.items[0].choices
             facts = {key: value for key, value in vars(test).items() if key != "items"}
             results.append({"model": folder, **facts, "items_in_file": len(test.items),
@@ -426,16 +429,14 @@ def parse(argv=None):
     for path in (args.out, args.items):                     # not after hours of computing
         if path is not None and (os.path.isdir(path) or path == "" or args.out == args.items or
                                  not os.access(os.path.dirname(path) or ".", os.W_OK)):
-            raise InputError(f"{path!r}: expected a file name of its own, in a folder that can be "
-                             "written")
+            raise InputError(f"{path!r}: expected a file of its own in a writable folder")
     return args
 
 
 def read_tests(args) -> list:
     """The tests that the command line names."""
-    tests = []
-    if not args.task:
-        tests = [test for test in read_questions(args.data) if args.lang in (None, test.lang)]
+    tests = [] if args.task else read_questions(args.data)
+    tests = [test for test in tests if args.lang in (None, test.lang)]
     for spec in args.task:
         name, _, path = spec.partition("=")
         task, _, lang = name.partition(".")

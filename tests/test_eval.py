@@ -209,9 +209,9 @@ TASK = "expected lens or xnli, .* with --data FILE"
     (["--task", "xcopa", "--lang", "ar", "--data", "x"], "--lang ar: xcopa has zh, vi"),
     (["--data", TEST, "--lang", "fr"], "test.jsonl: no record has lang fr"),
     (["--task", "lens", "--data", TEST, "--lang", "fr"], r"no record .* \(and lang fr\)"),
-    (["--data", "x", "--out", "no/such/folder/x"], "'no/such/folder/x': expected a file name"),
-    (["--data", "x", "--out", ""], "'': expected a file name"),
-    (["--data", "x", "--out", "y", "--items", "y"], "'y': expected a file name of its own"),
+    (["--data", "x", "--out", "no/such/folder/x"], "'no/such/folder/x': expected a file"),
+    (["--data", "x", "--out", ""], "'': expected a file of its own"),
+    (["--data", "x", "--out", "y", "--items", "y"], "'y': expected a file of its own"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
 ])
 def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):
