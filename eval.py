@@ -15,151 +15,104 @@ are comparable (tests/agree.py), except that models exported by train.py answer 
 """
 import argparse
 import json
-import math
 import os
 import re
+import signal
 import statistics
 import string
 import sys
 import unicodedata
+import warnings
 from collections import Counter
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from functools import partial
 
 import torch
+import torch.nn.functional as F
 from tqdm import tqdm
 
-from data import (LANGUAGES, Tokenizer, chat_template, make_records, optional_json, prompt_text,
-                  read_parallel, read_rows, read_text, text_of)
+from data import (LANGUAGES, Tokenizer, chat_template, make_records, prompt_text, read_parallel,
+                  read_rows, read_side, read_text, text_of)
 from dft import choose_layers, lens
 from model import (DTYPES, Config, InputError, Packed, generate, load, pick_device, write_json)
 
 
 class Subject:
     """A model under evaluation. bos and template "auto": as its folder says; a question is put into
-    the Alpaca template if the folder's chat template is exactly the one that train.py exports."""
+    the Alpaca template if chat_template.jinja is exactly the one that train.py exports."""
 
     def __init__(self, folder, dtype, device, bos="auto", template="auto"):
-        config, found = Config.read(folder), optional_json(folder, "tokenizer_config.json")
+        config, path = Config.read(folder), f"{folder}/chat_template.jinja"
         if bos == "never" and config.gemma:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
-        bos_id = [self.tokenizer.bos_id]
-        self.bos = {"auto": self.tokenizer.bos, "always": bos_id, "never": []}[bos]
-        found = found.get("chat_template")              # where transformers 4 keeps it
-        if os.path.exists(f"{folder}/chat_template.jinja"):
-            found = read_text(f"{folder}/chat_template.jinja")
-        exported = found in (chat_template(True), chat_template(False))
+        self.bos = {"auto": self.tokenizer.bos, "never": []}.get(bos, [self.tokenizer.bos_id])
+        exported = os.path.exists(path) and read_text(path) in map(chat_template, (True, False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)
 
-    def prompt(self, question: str) -> str:
-        return prompt_text(question, "") if self.alpaca else question
-
-    def encode(self, texts: list) -> list:
-        """Ids of each text, with BOS if this model takes it; at least one."""
-        return [self.bos + ids or [self.tokenizer.bos_id] for ids in self.tokenizer.encode(texts)]
+    def encode(self, text: str, room: int) -> list:
+        """The last `room` ids of a text, with BOS if this model takes it; at least one."""
+        ids = self.bos + self.tokenizer.encode([text])[0] or [self.tokenizer.bos_id]
+        if len(ids) > room:                             # Python shows a warning once
+            warnings.warn("prompts do not fit the model's positions; their beginnings are cut")
+        return ids[-room:]
 
     def complete(self, prompts: list, max_new_tokens: int, one_line=False) -> list:
-        """Greedy continuations. A prompt that leaves no room for one loses its beginning."""
-        positions, last = self.model.config.max_position_embeddings, ()
+        """Greedy continuations, of half the model's positions at most."""
+        positions, last, texts = self.model.config.max_position_embeddings, (), {}
         new = min(max_new_tokens, positions // 2)
-        ids = cut(self.encode(prompts), [positions - new] * len(prompts))
+        ids = [self.encode(prompt, positions - new) for prompt in prompts]
         if one_line:                                    # ends after a token that holds a line end
             last = [n for n in range(self.tokenizer.size) if "\n" in self.tokenizer.decode([n])]
-        texts = [""] * len(ids)
-        for batch in batches("answering", [len(prompt) + new for prompt in ids], 2 ** 15):
-            replies = generate(self.model, [ids[n] for n in batch], new, last=last)
-            for n, reply in zip(batch, replies):
+        order = sorted(range(len(ids)), key=lambda n: -len(ids[n]))
+        rows = max(1, 2 ** 15 // (len(ids[order[0]]) + new))        # 2^15 tokens in the cache
+        for first in tqdm(range(0, len(ids), rows), "answering", leave=False, disable=len(ids) < 2):
+            batch = order[first:first + rows]
+            for n, reply in zip(batch, generate(self.model, [ids[n] for n in batch], new, last)):
                 texts[n] = self.tokenizer.decode(reply)
-        return [text.split("\n")[0] for text in texts] if one_line else texts
-
-    def answer(self, question: str, max_new_tokens: int) -> str:
-        return self.complete([self.prompt(question)], max_new_tokens)[0].strip()
-
-    def chat(self, max_new_tokens: int) -> None:
-        """Answer every line typed, until ^D."""
-        import readline  # noqa: F401  (input() then understands the arrow keys)
-        form = "in the Alpaca template" if self.alpaca else "without a template"
-        print(f"{self.folder} gets prompts {form}. One a line; ^D ends.", file=sys.stderr)
-        while True:
-            try:
-                line = input("> " if sys.stdin.isatty() else "")
-            except (EOFError, KeyboardInterrupt):
-                return
-            except UnicodeDecodeError as error:
-                print(f"error: not UTF-8 text ({error})", file=sys.stderr)
-                continue
-            if line.strip():
-                print(self.answer(line, max_new_tokens), flush=True)
-
-
-def cut(prompts: list, rooms: list) -> list:
-    """The last ids of each prompt, as many as its room; says how many were longer."""
-    longer = sum(len(ids) > room for ids, room in zip(prompts, rooms))
-    if longer:
-        print(f"note: {longer} of {len(prompts)} prompts do not fit the model's positions; their "
-              "beginnings are cut", file=sys.stderr)
-    return [ids[-room:] for ids, room in zip(prompts, rooms)]
-
-
-def batches(title: str, sizes: list, budget: int):
-    """Item numbers, largest first, in groups of at most `budget` tokens; with a progress bar."""
-    groups, total = [], budget
-    for n in sorted(range(len(sizes)), key=sizes.__getitem__, reverse=True):
-        total += sizes[n]
-        if total > budget:
-            groups.append([])
-            total = sizes[n]
-        groups[-1].append(n)
-    return tqdm(groups, title, leave=False, disable=len(groups) < 2)
+        return [texts[n].split("\n")[0] if one_line else texts[n] for n in range(len(ids))]
 
 
 @torch.no_grad()
-def log_likelihoods(subject: Subject, items: list, budget: int = 2048) -> list:
-    """[log P(choice | context) of each choice], in nats, for each item. Context and choice are
-    encoded as one text; the choice is what follows after as many tokens as the context has by
-    itself. A context that is too long loses its beginning."""
-    model, contexts, rooms, choices, scores = subject.model, [], [], [], {}
+def log_likelihoods(subject: Subject, items: list) -> list:
+    """[log P(choice | context) of each choice], in nats, for each item. Both are encoded as one
+    text, of which the choice is what follows after as many tokens as the context has by itself."""
+    model, scores = subject.model, []
     L, positions = model.config.num_hidden_layers, model.config.max_position_embeddings
-    for item in items:
-        context = item.context.rstrip()                     # spaces at its end begin the choice
-        ids, *both = subject.tokenizer.encode([context, *(item.context + c for c in item.choices)])
-        choices.append([joint[len(ids):] for joint in both])
-        contexts += subject.encode([context])
-        longest = max(map(len, choices[-1])) - 1            # its last id is predicted, not read
-        rooms.append(max(1, positions - longest))
-    contexts = cut(contexts, rooms)
-    sizes = [len(ids) + sum(map(len, own)) for ids, own in zip(contexts, choices)]
-    for batch in batches("scoring", sizes, budget):
+    for first in tqdm(range(0, len(items), 8), "scoring", leave=False):     # 8 items in a pass
         packed, indices, targets, lengths = Packed(), [], [], []
-        for n in batch:
-            prompt = packed.add(contexts[n], L)             # each choice is a branch of this row
-            for choice in choices[n]:
+        for item in items[first:first + 8]:
+            context = item.context.rstrip()                 # spaces at its end begin the choice
+            texts = [context, *(item.context + choice for choice in item.choices)]
+            ids, *both = subject.tokenizer.encode(texts)
+            choices = [joint[len(ids):] for joint in both]
+            longest = max(map(len, choices)) - 1            # its last id is predicted, not read
+            prompt = packed.add(subject.encode(context, max(1, positions - longest)), L)
+            for choice in choices:                          # each is a branch of this row
                 continued = packed.add(choice[:-1], L, after=prompt)
                 indices += [prompt[-1], *continued][:len(choice)]       # each predicts the next id
                 targets += choice
                 lengths.append(len(choice))
-        x = model(packed, (L,))[L]
-        logp = model.logits(x[indices]).log_softmax(-1)                     # (len(targets), V)
-        chosen = logp[range(len(targets)), targets].cpu().split(lengths)    # by choice
-        sums = iter([own.sum().item() for own in chosen])
-        for n in batch:
-            scores[n] = [next(sums) for _ in choices[n]]
-    return [scores[n] for n in range(len(items))]
+        logits = model.logits(model(packed, (L,))[L][indices])          # (len(targets), V)
+        loss = F.cross_entropy(logits, torch.tensor(targets).to(logits.device), reduction="none")
+        sums = [-own.sum().item() for own in loss.split(lengths)]       # of every choice
+        for item in items[first:first + 8]:
+            scores.append([sums.pop(0) for _ in item.choices])
+    return scores
 
 
 # -------------------------------------------------------------------------------------------- tests
 
 # Benchmarks: {language: number of items in the split that papers report}
-TASKS = {
-    "xnli": dict(en=2490, zh=2490, vi=2490, ar=2490),                       # validation
-    "xcopa": dict(zh=500, vi=500),                                          # test
-    "truthfulqa": dict(en=817, zh=788, vi=785, ar=773),                     # validation
-    "xquad": dict(en=1190, zh=1190, vi=1190, ar=1190),                      # validation
-    "mlqa": dict(en=11590, zh=5137, vi=5495, ar=5335),                      # test
-}
+TASKS = {"xnli": dict(en=2490, zh=2490, vi=2490, ar=2490),                  # validation
+         "xcopa": dict(zh=500, vi=500),                                     # test
+         "truthfulqa": dict(en=817, zh=788, vi=785, ar=773),                # validation
+         "xquad": dict(en=1190, zh=1190, vi=1190, ar=1190),                 # validation
+         "mlqa": dict(en=11590, zh=5137, vi=5495, ar=5335)}                 # test
 XNLI = {"en": ("right", "Yes", "Also", "No"), "zh": ("正确", "是的", "所以", "不是的"),
         "vi": ("đúng", "Vâng", "Vì vậy", "Không"), "ar": ("صحيح", "نعم", "لذا", "رقم")}
+XNLI_LABELS = {"0": 0, "1": 1, "2": 2, "entailment": 0, "neutral": 1, "contradiction": 2}
 XCOPA = {"zh": {"cause": "因为", "effect": "所以"}, "vi": {"cause": "bởi vì", "effect": "vì vậy"}}
 XQUAD = {"en": ("Context", "Question", "Answer"), "zh": ("语境", "问题", "回答"),
          "vi": ("Bối cảnh", "Câu hỏi", "Trả lời"), "ar": ("سيا", "سؤال", "إجابة")}
@@ -177,7 +130,6 @@ PRIMER = "\n\n".join((
 
 @dataclass
 class Item:
-    """A question."""
     context: str
     choices: list               # continuations, with the space that begins them; [] to let it write
     gold: object                # number of the right choice; without choices, all accepted answers
@@ -191,40 +143,37 @@ class Test:
     data: str                   # the file
     items: list
     published_items: int | None = None
-    warnings: list = field(default_factory=list)
+    warnings: list | tuple = ()
 
 
 def read_questions(path: str) -> list:
     """A Test for each language of a file of records; the language is "en" if a record has none."""
     tests = {}
     for where, row in read_rows(path):
-        texts = [text_of(where, row, key, key == "input")
-                 for key in ("instruction", "input", "output")]
+        side = read_side(where, row, "")
+        if side is None:
+            raise InputError(f"{where}: the question or the answer is blank, expected text")
         lang = str(row.get("lang") or "en")
         test = tests.setdefault(lang, Test("questions", lang, path, []))
-        test.items.append(Item(prompt_text(*texts[:2]), [], [texts[2].strip()]))
+        test.items.append(Item(prompt_text(*side[:2]), [], [side[2].strip()]))
     return [tests[lang] for lang in sorted(tests, key=lambda lang: (lang == "en", lang))]
 
 
 def read_test(task: str, lang: str, path: str) -> Test:
-    """The items of a benchmark in a file."""
+    """The items of a benchmark in a file, with warnings if it does not look like that benchmark."""
     if lang not in TASKS[task]:
         raise InputError(f"--lang {lang}: {task} has {', '.join(TASKS[task])}")
-    rows, items = read_benchmark(path), []
+    rows, test = read_benchmark(path), Test(task, lang, path, [], TASKS[task][lang], [])
     for where, row in rows:
         try:
-            item = make_item(task, lang, row, where)
-            if isinstance(item.gold, int) and item.gold not in range(len(item.choices)):
-                raise ValueError(f"its right answer is choice {item.gold}")
-            items.append(item)
+            test.items.append(make_item(task, lang, row, where))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"{where}: not an item of {task} in {lang} ({type(error).__name__} "
                              f"{error}); its keys: {json.dumps(list(row))[:200]}") from None
-    test = Test(task, lang, path, items, TASKS[task][lang])
     if not written_in(lang, str([list(row.values()) for _, row in rows[:100]])):
         test.warnings.append(f"{path}: the text does not look like {LANGUAGES[lang]}")
-    if len(items) != test.published_items:
-        test.warnings.append(f"{path}: {len(items):,} items; published: {test.published_items:,}")
+    if len(rows) != test.published_items:
+        test.warnings.append(f"{path}: {len(rows):,} items; published: {test.published_items:,}")
     for warning in test.warnings:
         print("warning:", warning, flush=True)
     return test
@@ -250,42 +199,48 @@ def read_benchmark(path: str) -> list:
 
 
 def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
-    """A row of a file -> its prompt, choices and right answer."""
-    def text(key):
-        return text_of(where, row, key)
-
+    """A row of a file -> its prompt, choices and right answer; an error if it does not fit."""
+    text = partial(text_of, where, row)
     if task == "xnli":
-        question, *words = XNLI[lang]
-        premise, hypothesis, label = text("premise"), text("hypothesis"), row["label"]
-        choices = [f" {premise}, {question}? {word}, {hypothesis}" for word in words]
-        names = {"entailment": 0, "neutral": 1, "contradiction": 2}
-        return Item("", choices, int(names.get(label, label)))
+        ask, *words = XNLI[lang]
+        choices = [f" {text('premise')}, {ask}? {word}, {text('hypothesis')}" for word in words]
+        return Item("", choices, meaning(row, "label", XNLI_LABELS))
     if task == "xcopa":
         choices = [f" {c[:1].lower()}{c[1:]}" for c in (text("choice1"), text("choice2"))]
-        context = f"{text('premise').strip()[:-1]} {XCOPA[lang][row['question']]}"
-        return Item(context, choices, int(row["label"]))
+        context = f"{text('premise').strip()[:-1]} {meaning(row, 'question', XCOPA[lang])}"
+        return Item(context, choices, meaning(row, "label", {"0": 0, "1": 1}))
+    question, choices = text("question"), []
+    if not question.strip():
+        raise ValueError("the question is blank")
     if task == "truthfulqa":    # gold: how many choices are mc1's (first: right), mc2's labels
-        mc1 = row.get("mc1_targets_choices") or row["mc1_targets"]["choices"]
-        mc2 = row.get("mc2_targets_choices") or row["mc2_targets"]["choices"]
-        labels = row.get("mc2_targets_labels") or row["mc2_targets"]["labels"]
-        if len(mc2) != len(labels) or 1 not in labels:
-            raise ValueError("mc2_targets: expected as many labels as choices, and one that is 1")
-        question = text("question")
+        for key in ("mc1_targets", "mc2_targets"):
+            part = row.get(key) or {name: row[f"{key}_{name}"] for name in ("choices", "labels")}
+            texts, labels = list_of_texts(part["choices"]), part["labels"]
+            if len(texts) != len(labels) or not {1} <= set(labels) <= {0, 1}:
+                raise ValueError(f"{key}: expected a label for each choice: 0, or 1 if it is right")
+            choices += [f" {choice}" for choice in texts]
         if lang != "en":
             question = re.sub(r"\[.*?\]", "", question.strip().replace(" [title]", ". "))
             question = question.replace("  ", " ")
-        choices = [f" {choice}" for choice in list_of_texts(mc1) + list_of_texts(mc2)]
-        return Item(f"{PRIMER}\n\nQ: {question}\nA:", choices, [len(mc1), labels])
-    context, question, answer = XQUAD["en" if task == "mlqa" else lang]
-    prompt = f"{context}: {text('context')}\n\n{question}: {text('question')}\n\n{answer}:"
-    return Item(prompt, [], list_of_texts(row["answers"]["text"]))
+        gold = [len(choices) - len(labels), labels]
+        return Item(f"{PRIMER}\n\nQ: {question}\nA:", choices, gold)
+    names = XQUAD["en" if task == "mlqa" else lang]
+    prompt = f"{names[0]}: {text('context')}\n\n{names[1]}: {question}\n\n{names[2]}:"
+    return Item(prompt, choices, list_of_texts(row["answers"]["text"]))
 
 
 def list_of_texts(value) -> list:
     """The value; ValueError if it is not a list of one or more texts."""
-    if not (isinstance(value, list) and value and all(isinstance(text, str) for text in value)):
+    if not isinstance(value, list) or not value or set(map(type, value)) != {str}:
         raise ValueError(f"found {json.dumps(value)[:40]}, expected a list of texts")
     return value
+
+
+def meaning(row: dict, key: str, values: dict):
+    """What row[key] stands for, given {its text: meaning}; ValueError if it is not among these."""
+    if str(row[key]) not in values:
+        raise ValueError(f"{key!r} is {json.dumps(row[key])[:40]}, expected {', '.join(values)}")
+    return values[str(row[key])]
 
 
 def score(test: Test, item: Item, answer) -> dict:
@@ -293,16 +248,15 @@ def score(test: Test, item: Item, answer) -> dict:
     task, lang = test.task, test.lang
     if task == "questions":
         found = {"exact_match": float(answer.strip() == item.gold[0])}
-        if lang in SCRIPTS:         # "Euro" is Vietnamese, too, if it is the right answer
+        if lang in LETTERS:         # "Euro" is Vietnamese, too, if it is the right answer
             words = set(answer.lower().split())
             own = written_in(lang, answer) or words <= set(item.gold[0].lower().split())
             found["in_language"] = float(bool(words) and own)
         return found
     if task == "truthfulqa":
         count, labels = item.gold
-        mc1, mc2 = answer[:count], [math.exp(ll - max(answer[count:])) for ll in answer[count:]]
-        true = sum(p for p, label in zip(mc2, labels) if label)
-        return {"mc1": float(mc1.index(max(mc1)) == 0), "mc2": true / sum(mc2)}
+        true = torch.tensor(answer[count:]).softmax(0) @ torch.tensor(labels, dtype=torch.float)
+        return {"mc1": float(answer[0] == max(answer[:count])), "mc2": true.item()}
     if task == "mlqa":
         return matches("mlqa", lang, answer, item.gold)
     if task == "xquad":         # the harness takes the first answer, and English rules
@@ -314,10 +268,10 @@ def score(test: Test, item: Item, answer) -> dict:
 def matches(rules: str, lang: str, text: str, accepted: list) -> dict:
     """Exact match and F1, each with the best of the accepted answers."""
     exact, f1, mine = [], [], bag_of_words(rules, lang, text)
-    for gold in (bag_of_words(rules, lang, answer) for answer in accepted):
-        same = sum((Counter(mine) & Counter(gold)).values())
+    for answer in accepted:
+        gold = bag_of_words(rules, lang, answer)
         exact.append(float(mine == gold))
-        f1.append(2 * same / max(1, len(mine) + len(gold)))
+        f1.append(2 * (Counter(mine) & Counter(gold)).total() / max(1, len(mine) + len(gold)))
     return {"exact_match": max(exact), "f1": max(f1 + exact)}           # two empty texts: 1
 
 
@@ -325,77 +279,67 @@ def bag_of_words(rules: str, lang: str, text: str) -> list:
     """Lower-case words without punctuation and articles; mlqa: Chinese by the character."""
     text = "".join(c for c in text.lower() if c not in string.punctuation and not (
         rules == "mlqa" and unicodedata.category(c).startswith("P")))
-    articles = {"en": r"\b(a|an|the)\b", "vi": r"\b(của|là|cái|chiếc|những)\b", "ar": r"(?:^|\s)ال"}
-    if lang in articles:
-        text = re.sub(articles[lang], " ", text)
-    if lang == "zh":
-        text = re.sub("([\u4e00-\u9fa5])", r" \1 ", text)
-    return text.split()
+    rule = {"en": (r"\b(a|an|the)\b", " "), "vi": (r"\b(của|là|cái|chiếc|những)\b", " "),
+            "ar": (r"(?:^|\s)ال", " "), "zh": ("([\u4e00-\u9fa5])", r" \1 ")}[lang]
+    return re.sub(*rule, text).split()
 
 
-# {language: (Unicode script, share of the letters of a text that are of it and not ASCII)}
-SCRIPTS = {"zh": ("CJK", 0.2), "ar": ("ARABIC", 0.2), "vi": ("LATIN", 0.02), "en": ("LATIN", 0)}
+# {language: (letters that are typical of it, their least share of all letters of a text)}
+LETTERS = {"zh": (r"[\u3400-\u9fff]", 0.2), "ar": (r"[\u0621-\u064a]", 0.2),
+           "vi": (r"[\u00c0-\u024f\u1e00-\u1ef9]", 0.02), "en": ("[A-Za-z]", 0.95)}
 
 
 def written_in(lang: str, text: str) -> bool:
-    """Roughly, whether a text is in a language, by its letters; en: 19 in 20 are ASCII."""
-    letters = [c for c in text if c.isalpha()]
-    if lang == "en":
-        return sum(c.isascii() for c in letters) >= 0.95 * len(letters)
-    script, share = SCRIPTS[lang]
-    found = [c for c in letters if not c.isascii() and unicodedata.name(c, "").startswith(script)]
-    return len(found) >= max(1, share * len(letters))
+    """Roughly, whether a text is in a language, by its letters."""
+    letters, share = LETTERS[lang]
+    return len(re.findall(letters, text)) >= max(1, share * sum(map(str.isalpha, text)))
 
 
 def run_test(subject: Subject, test: Test, limit: int | None = None) -> list:
     """A dict of each item: prompt, choices, right answer, the model's answer and its scores."""
-    items, lines = test.items[:limit], []
+    items = test.items[:limit]
     prompts = [item.context for item in items]
     if items[0].choices:
         key, answers = "loglikelihoods", log_likelihoods(subject, items)
     elif test.task == "questions":                      # these are in the Alpaca template already
         key, answers = "text", subject.complete(prompts, 64)
     else:
-        prompts = [subject.prompt(prompt) for prompt in prompts]
+        if subject.alpaca:
+            prompts = [prompt_text(prompt, "") for prompt in prompts]
         key, answers = "text", subject.complete(prompts, 256, one_line=True)
-    for item, prompt, answer in zip(items, prompts, answers):
-        lines.append({"model": subject.folder, "task": test.task, "lang": test.lang,
-                      "prompt": prompt, "choices": item.choices, "gold": item.gold, key: answer,
-                      **score(test, item, answer)})
-    return lines
-
-
-def summary(lines: list) -> dict:
-    """{metric: {mean, stderr, n}} over the items that run_test() returned."""
-    out, n = {}, len(lines)
-    for key in [key for key, value in lines[0].items() if isinstance(value, float)]:
-        values = [line[key] for line in lines]
-        spread = statistics.stdev(values) if n > 1 else 0.0
-        out[key] = dict(mean=statistics.fmean(values), stderr=spread / math.sqrt(n), n=n)
-    return out
+    return [{"model": subject.folder, "task": test.task, "lang": test.lang, "prompt": prompt,
+             "choices": item.choices, "gold": item.gold, key: answer, **score(test, item, answer)}
+            for item, prompt, answer in zip(items, prompts, answers)]
 
 
 def evaluate(folders: dict, tests: list, limit, *settings) -> tuple:
-    """Run all tests on model folders {title: folder}: (results as for --out, lines as for --items,
-    a Markdown table in percent with standard errors). settings: arguments of Subject()."""
-    results, lines, columns = [], [], {}
-    for title, folder in folders.items():
+    """Run all tests on model folders {title: folder}: (what --out holds, what --items holds, a
+    Markdown table in percent, with standard errors). settings: arguments of Subject()."""
+    results, lines, rows = [], [], {}
+    for folder in folders.values():
         subject = Subject(folder, *settings)
-        for test in tests:
-            answered = run_test(subject, test, limit)
-            form = "none" if test.items[0].choices or not subject.alpaca else "alpaca"
+        for number, test in enumerate(tests):
+            answered, scores = run_test(subject, test, limit), {}
+            for metric in [key for key, value in answered[0].items() if isinstance(value, float)]:
+                values, n = [line[metric] for line in answered], len(answered)
+                stderr = statistics.stdev(values) / n ** 0.5 if n > 1 else 0.0
+                scores[metric] = {"mean": statistics.fmean(values), "stderr": stderr, "n": n}
+                row = rows.setdefault((number, metric), [f"{test.task}.{test.lang} {metric}", n])
+                row.append(f"{100 * scores[metric]['mean']:.1f} ± {100 * stderr:.1f}")
+            alpaca = test.task == "questions" or subject.alpaca and not test.items[0].choices
             facts = {key: value for key, value in vars(test).items() if key != "items"}
             results.append({"model": folder, **facts, "items_in_file": len(test.items),
                             "limit": limit, "bos": bool(subject.bos), "shots": 0,
-                            "template": "alpaca" if test.task == "questions" else form,
-                            "dtype": str(settings[0]).split(".")[1], "scores": summary(answered)})
+                            "template": "alpaca" if alpaca else "none",
+                            "dtype": str(settings[0]).split(".")[1], "scores": scores})
             lines += answered
-            for metric, s in results[-1]["scores"].items():
-                row = columns.setdefault((f"{test.task}.{test.lang} {metric}", s["n"]), [])
-                row.append(f"{100 * s['mean']:.1f} ± {100 * s['stderr']:.1f}")
-        del subject                                     # two models may not fit
-    rows = [[name, n, *cells] for (name, n), cells in columns.items()]
-    return results, lines, markdown(["test", "items", *folders], rows)
+        del subject                                         # two models may not fit
+    return results, lines, markdown(["test", "items", *folders], rows.values())
+
+
+def compare(folders: dict, path: str, device: str, dtype) -> str:
+    """A table of the answers of model folders {title: folder} to a file of questions."""
+    return evaluate(folders, read_questions(path), None, dtype, device)[2]
 
 
 def markdown(head: list, rows: list) -> str:
@@ -405,19 +349,13 @@ def markdown(head: list, rows: list) -> str:
 
 # --------------------------------------------------------------------------------------- the layers
 
-def lens_numbers(subject: Subject, args) -> dict:
+def lens_numbers(subject: Subject, rows: list) -> dict:
     """L + 1 numbers each, means over parallel records: the entropy, in nats, at the query's tokens
     in the target language, and in English; and the probabilities, after the target-language prompt,
     of the first token of the target-language and of the English answer, where these differ."""
-    rows = [(where, row) for where, row in read_parallel(args.data, args.data_en)
-            if args.lang in (None, row.get("lang")) and row.get("output_en")][:args.limit or 32]
-    if not rows:
-        raise InputError(f"{args.data}: no record with an English side (and lang {args.lang})")
     model, own, english, first = subject.model, [], [], []
     L, room = model.config.num_hidden_layers, min(512, model.config.max_position_embeddings)
     for r in make_records(rows, subject.tokenizer, "both", room)[0]:
-        if r.answer_en is None:                                 # half of an English side
-            continue
         packed, ids = Packed(), [r.answer[0], r.answer_en[0]]
         row, row_en = packed.add(r.prompt, L), packed.add(r.prompt_en, L)
         query, query_en = row[slice(*r.query)], row_en[slice(*r.prompt_en_query)]
@@ -427,31 +365,32 @@ def lens_numbers(subject: Subject, args) -> dict:
         english.append(entropy[:, len(query):-1])
         if ids[0] != ids[1]:
             first.append(p[:, -1])                              # (L + 1, 2)
-    numbers = {"entropy": torch.cat(own, 1).mean(1).tolist(),
-               "entropy_en": torch.cat(english, 1).mean(1).tolist()}
+    found = {"entropy": torch.cat(own, 1).mean(1).tolist(),
+             "entropy_en": torch.cat(english, 1).mean(1).tolist()}
     if first:
-        numbers["p_target"], numbers["p_english"] = torch.stack(first).mean(0).T.tolist()
-    i, j, why = choose_layers(numbers["entropy"])
-    return dict(n=len(own), pivots=len(first), **numbers, i=i, j=j, why=why, map=own[0].tolist())
+        found["p_target"], found["p_english"] = torch.stack(first).mean(0).T.tolist()
+    i, j, why = choose_layers(found["entropy"])
+    return dict(n=len(own), pivots=len(first), **found, i=i, j=j, why=why, map=own[0].tolist())
 
 
 def show_lens(args, settings: tuple) -> None:
     """Print the lens of each model, layer by layer, and write --out."""
+    rows = [(where, row) for where, row in read_parallel(args.data, args.data_en)
+            if args.lang in (None, row.get("lang")) and read_side(where, row, "_en")]
+    if not rows:
+        raise InputError(f"{args.data}: no record with an English side (and lang {args.lang})")
     results = []
     for folder in args.model:
-        found = lens_numbers(Subject(folder, *settings), args)
+        found = lens_numbers(Subject(folder, *settings), rows[:args.limit or 32])
         results.append({"model": folder, "data": args.data, "lang": args.lang, **found})
-        columns = {"layer": range(len(found["map"]))}
-        for key in ("entropy", "entropy_en", "p_english", "p_target"):
-            if key in found:
-                columns[key] = [f"{value:.3f}" for value in found[key]]
+        shown = [key for key in ("entropy", "entropy_en", "p_english", "p_target") if key in found]
+        layers = enumerate(zip(*(found[key] for key in shown)))
+        table = [[k, *map("{:.3f}".format, numbers)] for k, numbers in layers]
         print(f"{folder}: {found['n']} records; answers begin differently in {found['pivots']}\n")
-        print(markdown(list(columns), list(zip(*columns.values()))))
+        print(markdown(["layer", *shown], table))
         print(f"\ni = {found['i']}, j = {found['j']}: {found['why']}\n")
     if args.out:
         write_json(results, args.out)
-    print(f"Next: python demo/figures.py {args.out} lens.png" if args.out else
-          "Next: --out lens.json writes the numbers, from which demo/figures.py draws")
 
 
 # ------------------------------------------------------------------------------------- command line
@@ -462,8 +401,7 @@ def parse(argv=None):
     add = parser.add_argument
     add("--model", nargs="+", required=True, metavar="DIR", help="Hugging Face model folders")
     add("--prompt", metavar="TEXT", help="answer this one instruction")
-    add("--max_new_tokens", type=int, default=256, metavar="N",
-        help="longest answer to --prompt and in the chat, in tokens (default: 256)")
+    add("--max_new_tokens", type=int, default=256, help="longest answer in a chat, in tokens (256)")
     add("--data", metavar="FILE", help="file of --task; without --task, questions to answer")
     add("--data_en", metavar="FILE", help="the English side of --data, for the lens")
     add("--task", nargs="+", default=[], metavar="TASK",
@@ -473,18 +411,17 @@ def parse(argv=None):
     add("--bos", default="auto", choices=["auto", "always", "never"],
         help="whether prompts begin with BOS; auto: as the folder's tokenizer does it")
     add("--template", default="auto", choices=["auto", "alpaca", "none"],
-        help="the form of prompts (questions: alpaca); auto: as the folder's chat template")
+        help="the form of prompts (questions: always alpaca); auto: as the chat template")
     add("--out", metavar="FILE", help="write the scores and the settings they depend on as JSON")
     add("--items", metavar="FILE", help="write every item with its answer and its scores as JSONL")
     add("--device", default="auto", choices=["auto", "cpu", "cuda"], help="where the model runs")
     add("--dtype", default="fp32", choices=DTYPES, help="dtype of weights and computation")
     args = parser.parse_args(argv)
-    talk = not args.data and not args.task
-    if talk and (args.limit or args.out or args.items or args.lang or len(args.model) > 1):
-        raise InputError("a chat or --prompt takes one --model and no --limit, --lang, --out or "
-                         "--items; to score a model, give --data or --task")
-    if args.prompt is not None and not talk:
-        raise InputError("--prompt: give it without --data and --task")
+    talks = args.prompt is not None or not args.data and not args.task
+    unwanted = args.data, args.task, args.limit, args.lang, args.out, args.items, args.model[1:]
+    if talks and any(unwanted):
+        raise InputError("--prompt, or a chat, takes one --model and no --data, --task, --limit, "
+                         "--lang, --out or --items; to score a model, give --data or --task")
     if args.data_en and args.task != ["lens"] or args.items and "lens" in args.task:
         raise InputError("--data_en is for --task lens only, --items for the other tasks only")
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
@@ -492,27 +429,23 @@ def parse(argv=None):
     for path in (args.out, args.items):                     # not after hours of computing
         if path is not None and (os.path.isdir(path) or path == "" or args.out == args.items or
                                  not os.access(os.path.dirname(path) or ".", os.W_OK)):
-            raise InputError(f"{path}: expected a file name of its own, in a folder that can be "
-                             "written")
+            raise InputError(f"{path!r}: expected a file of its own in a writable folder")
     return args
 
 
 def read_tests(args) -> list:
     """The tests that the command line names."""
-    if not args.task:
-        tests = [test for test in read_questions(args.data) if args.lang in (None, test.lang)]
-        if not tests:
-            raise InputError(f"{args.data}: no record has lang {args.lang}")
-        return tests
-    tests = []
+    tests = [] if args.task else read_questions(args.data)
+    tests = [test for test in tests if args.lang in (None, test.lang)]
     for spec in args.task:
-        name, _, file = spec.partition("=")
+        name, _, path = spec.partition("=")
         task, _, lang = name.partition(".")
-        path = file or args.data
-        if task not in TASKS or not path or not file and len(args.task) > 1:
+        if task not in TASKS or bool(path) == bool(args.data) or args.data and len(args.task) > 1:
             raise InputError(f"--task {spec}: expected lens or {', '.join(TASKS)} with --data FILE "
                              "and --lang; or several benchmarks, each written TASK.LANG=FILE")
-        tests.append(read_test(task, lang or args.lang or "en", path))
+        tests.append(read_test(task, lang or args.lang or "en", path or args.data))
+    if not tests:
+        raise InputError(f"{args.data}: no record has lang {args.lang}")
     return tests
 
 
@@ -521,30 +454,35 @@ def main(argv=None) -> None:
     settings = DTYPES[args.dtype], pick_device(args.device), args.bos, args.template
     if args.task == ["lens"] and args.data:
         return show_lens(args, settings)
-    if not args.data and not args.task:
-        subject = Subject(args.model[0], *settings)
-        if args.prompt is None:
-            return subject.chat(args.max_new_tokens)
-        return print(subject.answer(args.prompt, args.max_new_tokens))
-    folders = {folder: folder for folder in args.model}
-    results, lines, table = evaluate(folders, read_tests(args), args.limit, *settings)
-    print(table)
-    if args.items:
-        with open(args.items, "w", encoding="utf-8") as file:
-            file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    if args.out:
-        write_json(results if len(results) > 1 else results[0], args.out)
-        print(f"\nThe scores and their settings are in {args.out}.")
+    if args.data or args.task:
+        tests, folders = read_tests(args), {folder: folder for folder in args.model}
+        results, lines, table = evaluate(folders, tests, args.limit, *settings)
+        print(table)
+        if args.items:
+            with open(args.items, "w", encoding="utf-8") as file:
+                file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+        if args.out:
+            write_json(results if len(results) > 1 else results[0], args.out)
+        return
+    subject = Subject(args.model[0], *settings)
+    if args.prompt is None:
+        print(f"One prompt a line; ^D ends. Alpaca template: {subject.alpaca}", file=sys.stderr)
+    for line in sys.stdin if args.prompt is None else [args.prompt]:
+        line = line.encode(errors="backslashreplace").decode().strip()      # --prompt $'\xff'
+        if line:
+            prompt = prompt_text(line, "") if subject.alpaca else line
+            print(subject.complete([prompt], args.max_new_tokens)[0].strip(), flush=True)
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)           # eval.py | head
     try:
-        sys.stdout.reconfigure(errors="backslashreplace")       # for terminals without UTF-8
+        # A closed stream (>&-) is None. What is not UTF-8 is read and printed as an escape.
+        sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
+        for stream in (sys.stdin, sys.stdout):
+            stream.reconfigure(errors="backslashreplace")
         main()
-        sys.stdout.flush()
-    except BrokenPipeError:                             # eval.py | head
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-    except (InputError, OSError, ImportError) as error:
+    except (InputError, OSError, ImportError, UnicodeError) as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt:

@@ -52,6 +52,15 @@ def hub_rows(task, path):
     return rows
 
 
+def our_file(task, path, folder):
+    """The file for eval.py: XNLI's TSV as JSONL in a folder, other files as they are."""
+    if task != "xnli":
+        return path
+    lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in hub_rows(task, path)]
+    (folder / f"{path.name}.jsonl").write_text("".join(lines), encoding="utf-8")
+    return folder / f"{path.name}.jsonl"
+
+
 def harness_item(sample):
     """A logged sample of the harness in the form of a line of eval.py --items."""
     prompt = sample["arguments"][0][0]
@@ -102,8 +111,9 @@ def run_both(args, task, facts):
     if any(found.get(key) != value for key, value in facts.items()):
         subprocess.run([args.python, __file__, "harness", task, *paths, "--limit",
                         str(facts["items"])], check=True, stdout=sys.stderr)
+    data = our_file(task, Path(facts["data"]), args.keep)
     subprocess.run([sys.executable, Path(__file__).parents[1] / "eval.py", "--model", args.model,
-                    "--task", task, "--lang", "zh", "--data", facts["data"], "--template", "none",
+                    "--task", task, "--lang", "zh", "--data", data, "--template", "none",
                     "--limit", str(facts["items"]), "--items", args.keep / f"ours_{task}.jsonl",
                     "--device", "cpu"], check=True, stdout=sys.stderr)
     return json.loads(kept.read_text())["lm_eval"]
