@@ -449,6 +449,16 @@ def read_tests(args) -> list:
     return tests
 
 
+def typed_lines():
+    """The lines that are typed, until ^D."""
+    import readline  # noqa: F401  (input() then understands the arrow keys)
+    while True:
+        try:
+            yield input("> " if sys.stdin.isatty() else "")
+        except EOFError:
+            return
+
+
 def main(argv=None) -> None:
     args = parse(argv)
     settings = DTYPES[args.dtype], pick_device(args.device), args.bos, args.template
@@ -467,7 +477,7 @@ def main(argv=None) -> None:
     subject = Subject(args.model[0], *settings)
     if args.prompt is None:
         print(f"One prompt a line; ^D ends. Alpaca template: {subject.alpaca}", file=sys.stderr)
-    for line in sys.stdin if args.prompt is None else [args.prompt]:
+    for line in typed_lines() if args.prompt is None else [args.prompt]:
         line = line.encode(errors="backslashreplace").decode().strip()      # --prompt $'\xff'
         if line:
             prompt = prompt_text(line, "") if subject.alpaca else line
