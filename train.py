@@ -62,6 +62,8 @@ SIGNALS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("log
            "dft-feature": ("feature", "feature"), "qalign": ("none", "none")}   # method: (lc, et)
 
 
+MAX_BAD_STEPS = 10      # in a row, with a loss or gradient that is not finite: the run ends
+
 # ------------------------------------------------------------------------------------------ one run
 
 def main(argv=None) -> None:
@@ -86,6 +88,7 @@ def main(argv=None) -> None:
     architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
                                      "records": fingerprint(records),
+                                     "weights": ranks.first(lambda: weights_digest(args.model)),
                                      "config": hashlib.sha256(architecture).hexdigest()[:16]})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
@@ -220,7 +223,7 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         if not finite:
             problem = f"step {progress.step}: loss or gradient not finite, {progress.bad} in a row"
             say(f"skipped   {problem}")
-            if progress.bad >= settings.max_bad_steps:
+            if progress.bad == MAX_BAD_STEPS:
                 raise FloatingPointError(f"{problem}; {last_checkpoint(settings.out)}; try --lr "
                                          f"below {settings.lr} or --dtype fp32, with a new --out")
 
@@ -296,16 +299,14 @@ def start(args) -> Ranks:
     if kind == "cpu":
         keep_freed_memory()
     if "RANK" not in os.environ:
-        if args.replicas > 1 or args.cpu_offload:
-            raise InputError("--replicas and --cpu_offload need torchrun (on one GPU: torchrun "
-                             "--nproc_per_node 1 train.py ...)")
+        if args.cpu_offload:
+            raise InputError("--cpu_offload needs torchrun (on one GPU: torchrun --nproc_per_node 1 "
+                             "train.py ...)")
         return Ranks(torch.device(kind))
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
         torch.cuda.set_device(device)
     dist.init_process_group("cpu:gloo,cuda:nccl" if kind == "cuda" else "gloo")
-    if dist.get_world_size() % args.replicas:
-        raise InputError(f"--replicas {args.replicas} does not divide the number of ranks")
     return Ranks(device, dist.get_rank(), dist.get_world_size(), dist.new_group(backend="gloo"))
 
 
@@ -322,8 +323,8 @@ def build(config: Config, method: Method, args, ranks: Ranks) -> DFT:
     """The model with its weights in fp32, sharded over the ranks under torchrun.
 
     FSDP2: each layer is a group; embedding, final norm and head are in one, the root's, so that a
-    tied head stays tied. Weights are gathered in the compute dtype, gradients reduced in fp32. With
-    replicas the ranks form a (replicas, shards) mesh. Each rank reads only its own rows.
+    tied head stays tied. Weights are gathered in the compute dtype, gradients reduced in fp32. Each
+    rank reads only its own rows.
     """
     with torch.device("meta"):
         model = DFT(Transformer(config), method)
@@ -336,9 +337,7 @@ def build(config: Config, method: Method, args, ranks: Ranks) -> DFT:
     if args.compile == "yes" or args.compile == "auto" and cuda:
         model.compile_parts(flex=cuda)
     if ranks.group:
-        mesh = init_device_mesh(ranks.device.type, (args.replicas, ranks.world // args.replicas),
-                                mesh_dim_names=("replica", "shard"))
-        mesh = mesh if args.replicas > 1 else mesh["shard"]
+        mesh = init_device_mesh(ranks.device.type, (ranks.world,))
         dtypes = MixedPrecisionPolicy(DTYPES[args.dtype], torch.float32, cast_forward_inputs=False)
         offload = CPUOffloadPolicy(pin_memory=cuda) if args.cpu_offload else OffloadPolicy()
         for module in (*model.model.layers, model):
@@ -403,9 +402,6 @@ def read_records(args, method: Method, tokenizer: Tokenizer):
     if args.english and side != "english":
         records += english_records(rows, tokenizer, args.max_length, args.english, args.seed,
                                    counts)
-    if method.signals() and not counts.parallel:
-        raise InputError(f"{args.data}: no record has the keys instruction_en and output_en, which "
-                         f"--method {args.method} needs; give --data_en, or use --method tft")
     return records, val, counts
 
 
@@ -470,9 +466,8 @@ def report(args, result: str, ranks: Ranks) -> None:
 
 # Settings that may change when a run is resumed: paths, and how the same result is computed.
 FREE = ("model", "data", "data_en", "test", "val", "val_every", "out", "epochs", "device", "ranks",
-        "replicas", "cpu_offload", "compile", "micro_batch_tokens", "activation_checkpointing",
-        "max_bad_steps", "save_every", "keep", "dry_run", "world_size", "gpu_memory",
-        "peak_tflops", "mfu")
+        "cpu_offload", "compile", "micro_batch_tokens", "activation_checkpointing", "save_every",
+        "keep", "dry_run", "world_size")
 
 
 @dataclasses.dataclass
@@ -514,9 +509,21 @@ def compare_settings(settings, stored: dict, path: str) -> None:
         if key not in stored or key not in FREE and value not in ("auto", stored[key]) and (
                 str(value) != str(stored[key])):
             what = {"steps": "the number of steps", "records": "the digest of the tokenized data",
+                    "weights": "the digest of the model's weights",
                     "config": "the digest of the model's configuration"}
             raise InputError(f"{what.get(key, '--' + key)} is {value}, but {stored.get(key)} in "
                              f"{path}; resume with the same value, or give a new --out")
+
+
+def weights_digest(folder: str) -> str:
+    """A digest of 16 blocks of 4 KiB of every weight file, which tells two models apart."""
+    digest = hashlib.sha256()
+    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
+        with open(path, "rb") as file:
+            for n in range(16):
+                file.seek(os.path.getsize(path) * n // 16)
+                digest.update(file.read(4096))
+    return digest.hexdigest()[:16]
 
 
 def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: Ranks) -> None:
@@ -554,15 +561,14 @@ def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
     """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
     found = ranks.first(lambda: checkpoints(settings.out))
     for folder in reversed(found):
-        if not ranks.first(lambda: is_intact(folder)):
+        state = ranks.first(lambda: read_state(folder))
+        if state is None:
             say(f"warning   {folder} is skipped: its files are not those that were saved")
             continue
-        path = os.path.join(folder, "state.json")
-        state = read_json(path)
-        compare_settings(settings, state["settings"], path)
+        compare_settings(settings, state["settings"], os.path.join(folder, "state.json"))
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
-        progress = Progress(**state["progress"])
+        progress = Progress(*(state["progress"][key] for key in ("step", "updates", "bad")))
         for moments in optimizer.state.values():
             moments["step"].fill_(progress.updates)
         say(f"resume    from {folder}, after step {progress.step:,}")
@@ -595,12 +601,15 @@ def last_checkpoint(out: str) -> str:
     return f"the last checkpoint is {(checkpoints(out) or ['none'])[-1]}"
 
 
-def is_intact(folder: str) -> bool:
-    """Whether the files of a checkpoint are those that were saved."""
+def read_state(folder: str) -> dict | None:
+    """The state.json of a checkpoint, None if the files are not those that were saved."""
     try:
-        return read_json(os.path.join(folder, "state.json"))["files"] == digests(folder)
-    except (InputError, OSError, KeyError):
-        return False
+        state = read_json(os.path.join(folder, "state.json"))
+        done = [type(state["progress"][key]) for key in ("step", "updates", "bad")]
+        intact = done == [int] * 3 and isinstance(state["settings"], dict)
+        return state if intact and state["files"] == digests(folder) else None
+    except (InputError, OSError, KeyError, TypeError):
+        return None
 
 
 def digests(folder: str) -> dict:
@@ -619,39 +628,37 @@ def plan(args, config: Config, method: Method) -> str:
     """What a run would cost, from config.json and the data."""
     with torch.device("meta"):
         model = Transformer(config)
-    L, D, V = config.num_hidden_layers, config.hidden_size, config.vocab_size
-    n = sum(p.numel() for p in model.parameters())
-    layer = sum(p.numel() for p in model.layers[0].parameters())
+    freeze(model, args)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    n, L, D = sum(sizes.values()), config.num_hidden_layers, config.hidden_size
+    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     i = method.lc_layer or max(1, round(L * 2 / 32))
     j = method.et_layer or max(1, round(L * 15 / 32))
     records, _, counts = read_records(args, method, Tokenizer(config))
-    freeze(model, args)
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     batch = lay_out(records, dataclasses.replace(method, lc_layer=i, et_layer=j), L)
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
 
     # A weight costs 6 FLOPs per token that passes it, 2 in the English pass, which has no gradient.
     layer_tokens = sum(batch.packed.depth) + sum(batch.english.depth) / 3
-    flops = 6 * (layer * layer_tokens + D * V * sum(batch.counts.values()))
+    flops = 6 * (layer * layer_tokens + D * config.vocab_size * sum(batch.counts.values()))
     flops *= steps * min(args.batch_size, len(records)) / len(records)
-    minutes = flops / (args.world_size * args.peak_tflops * 1e12 * args.mfu) / 60
 
     # Per GPU: weight, gradient and two moments in fp32; copies of the weights in use; 34 bytes per
     # token, layer and hidden unit (Korthikanti et al. 2022), 2 if recomputed; a chunk of logits.
     low = DTYPES[args.dtype].itemsize
-    states = 0 if args.cpu_offload else (4 * n + 12 * trained) * args.replicas / args.world_size
+    states = 0 if args.cpu_offload else (4 * n + 12 * trained) / args.world_size
     copies = low * (n if args.world_size == 1 else n - (L - 2) * layer)
     per_layer = 2 if args.activation_checkpointing else 34
     need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK
-    fits = "fits" if need < 0.92e9 * args.gpu_memory else "does NOT fit with 8 % to spare"
     return (f"model     {args.model}: {n:,} parameters, {L} layers; i = {i}, j = {j}\n"
             f"data      {counts}; {batch.tokens / len(records):.0f} tokens per record\n"
-            f"time      {steps:,} steps, {flops:.2e} FLOPs: {minutes:,.1f} minutes on "
-            f"{args.world_size} GPUs at {args.mfu:.0%} of {args.peak_tflops:g} TFLOP/s\n"
+            f"time      {steps:,} steps, {flops:.2e} FLOPs: {flops / 0.4 / 989e12 / 3600:.2f} GPU "
+            "hours at 40 % of the peak of an H100 (989 TFLOP/s), which is an assumption\n"
             f"disk      {12e-9 * trained * (args.keep + 1):,.1f} GB of checkpoints, "
             f"{low * n / 1e9:,.1f} GB for the model\n"
-            f"memory    {need / 1e9:,.1f} GB per GPU, {states / 1e9:,.1f} of them weights, "
-            f"gradients and moments: {fits} in {args.gpu_memory:g} GB")
+            f"memory    {need / 1e9:,.1f} GB on each of {args.world_size} GPUs, "
+            f"{states / 1e9:,.1f} of them weights, gradients and moments")
 
 
 # -------------------------------------------------------------------- supporting code: command line
@@ -716,7 +723,6 @@ def parse(argv=None) -> argparse.Namespace:
     add("--warmup", 0.03, "fraction of the steps for linear warm-up; then cosine decay to 0")
     add("--weight_decay", 0.0, "weight decay of AdamW")
     add("--clip", 1.0, "maximum gradient norm")
-    add("--max_bad_steps", 10, "stop after N consecutive steps with a non-finite loss or gradient")
     add("--seed", 0, "random seed (order of the records, --val_share, --english)")
     parser.add_argument_group("run")
     add("--out", None, "run folder; an existing run is resumed (default: new in runs/)",
@@ -730,15 +736,11 @@ def parse(argv=None) -> argparse.Namespace:
         "the same result")
     add("--activation_checkpointing", False, "recompute layers in backward to save memory")
     add("--cpu_offload", False, "keep weights, gradients, moments in host memory; needs torchrun")
-    add("--replicas", 1, "GPU groups (such as machines) that each hold a full copy of the model")
     add("--save_every", 100, "steps between checkpoints; 0: only at the end or after a signal")
     add("--keep", 2, "newest checkpoints to keep, 12 bytes per parameter each")
     parser.add_argument_group("cost estimate")
     add("--dry_run", False, "print what the run would cost and stop; needs no weights")
     add("--world_size", 1, "number of GPUs to plan for")
-    add("--gpu_memory", 80.0, "memory of one GPU in GB")
-    add("--peak_tflops", 989.0, "peak TFLOP/s of one GPU (989: H100 SXM, dense bf16)")
-    add("--mfu", 0.4, "expected fraction of the peak")
 
     known, unknown = parser.parse_known_args(argv)
     if unknown:
@@ -752,8 +754,18 @@ def parse(argv=None) -> argparse.Namespace:
     args.lc, args.et = args.lc or lc, args.et or et
     if not args.data:
         raise InputError("--model needs --data FILE, the records to train on")
-    if args.method == "sft" and (args.lc, args.et) != ("none", "none"):
-        raise InputError("--method sft trains on English only; --lc and --et need another method")
+    if args.method in ("sft", "qalign") and (args.lc, args.et) != ("none", "none"):
+        raise InputError(f"--method {args.method} takes no --lc and --et")
+    logits, features = "logits" in (args.lc, args.et), "feature" in (args.lc, args.et)
+    has_effect = dict(lc_layer=args.lc != "none", lc_weight=args.lc != "none", align=logits,
+                      et_layer=args.et != "none", et_weight=args.et != "none", lens_norm=logits,
+                      pool=features, english_grad=features, world_size=args.dry_run,
+                      val_every=args.val or args.val_share)
+    for key, used in has_effect.items():
+        if not used and getattr(args, key) != parser.get_default(key):
+            raise InputError(f"--{key} has no effect with these settings; leave it out")
+    if args.data == args.data_en or args.out == "":
+        raise InputError("--data_en: expected another file than --data; --out: expected a folder")
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not (
                 0 < value < math.inf or value == 0 and key in MAY_BE_0):
@@ -764,8 +776,6 @@ def parse(argv=None) -> argparse.Namespace:
     for key in ("warmup", "english", "val_share"):
         if getattr(args, key) > 1:
             raise InputError(f"--{key} is {getattr(args, key)}, expected a fraction from 0 to 1")
-    if args.dry_run and args.world_size % args.replicas:
-        raise InputError(f"--world_size {args.world_size} is no multiple of --replicas")
     return args
 
 
@@ -787,7 +797,7 @@ def make_method(args, config: Config) -> Method:
 
 
 class Output:
-    """stdout or stderr, flushed at once; once the reader is gone (train.py | head), a sink."""
+    """stdout or stderr, flushed at once; once its reader is gone (train.py | head), a sink."""
 
     def __init__(self, stream):
         self.stream = stream or open(os.devnull, "w")
@@ -795,8 +805,7 @@ class Output:
 
     def write(self, text):
         try:
-            self.stream.write(text)
-            self.stream.flush()
+            print(text, end="", file=self.stream, flush=True)
         except OSError:
             self.stream = open(os.devnull, "w")
 

@@ -17,9 +17,15 @@ DEMO = str(ROOT / "demo" / "model")
 
 
 def command(out, data, *more):
-    """The arguments of a run with fixed layers on a CPU. Of equal options the last one counts."""
+    """The arguments of a run on a CPU, with fixed layers if the method has inner losses. Of equal
+    options the last one counts."""
+    more, layers = list(map(str, more)), ["--lc_layer", "1", "--et_layer", "3"]
+    if {"tft", "sft", "qalign"} & set(more):
+        layers = []
+    elif "--lc" in more and more[more.index("--lc") + 1] == "none":
+        layers = layers[2:]
     return ["--model", DEMO, "--data", str(data), "--out", str(out), "--device", "cpu", "--dtype",
-            "fp32", "--lc_layer", "1", "--et_layer", "3", "--lr", "1e-4", *map(str, more)]
+            "fp32", "--lr", "1e-4", *layers, *more]
 
 
 def write_data(path, count):

@@ -25,7 +25,7 @@ def test_english_replay_adds_each_distinct_english_side_once(demo_data, tokenize
     sides = {(row["instruction_en"], row["input_en"], row["output_en"]) for _, row in rows}
     doubled = rows + rows
     records = english_records(doubled, tokenizer, 512, 1.0, seed=0, counts=(counts := Counts()))
-    assert len(records) == counts.english == len(sides)
+    assert len(records) == counts["English records added"] == len(sides)
     assert all(record.query_en is None for record in records)
     plain, _ = make_records(rows, tokenizer, "english", 512)
     assert {tuple(r.prompt + r.answer) for r in records} == {

@@ -31,12 +31,12 @@ def main(work):
     data = write_data(work / "data", 100)
     more = ["--steps", 30, "--batch_size", 20, "--save_every", 5]
     launch(command(one, data, *more))
-    for node in start(command(four, data, *more, "--replicas", 2)):
+    for node in start(command(four, data, *more)):
         assert node.end() == 0, node.output
     assert_close_runs(one, four)
     print("4 ranks on 2 machines compute what 1 process does, within rounding")
 
-    nodes = start(command(killed, data, *more, "--replicas", 2))
+    nodes = start(command(killed, data, *more))
     while not list(killed.glob("checkpoints/step-??????")):
         time.sleep(0.1)
     os.kill(max(nodes[1].ranks().values()), signal.SIGKILL)
