@@ -79,8 +79,10 @@ def main(argv=None) -> None:
 
     # Lock the folder of the run before using it.
     out, metrics = open_folder(args, ranks)
+    with torch.device("meta"):                  # what is malformed should fail now
+        check_weights(Transformer(config), args.model)
     if args.test:
-        read_questions(args.test)               # a malformed test file should fail now
+        read_questions(args.test)
     tokenizer, result = Tokenizer(config), os.path.join(out, "model")
     records, val, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
@@ -124,11 +126,7 @@ def main(argv=None) -> None:
     if stored:
         progress = load_checkpoint(settings, model, optimizer, ranks)
     if metrics:                                 # steps after the checkpoint are run again
-        metrics.seek(0)
-        kept = sum(metrics.readline().endswith(b"\n") for _ in range(progress.step))
-        metrics.truncate()
-        if kept < progress.step:
-            say(f"warning   metrics.jsonl has only {kept} of the {progress.step} lines before this")
+        keep_lines(metrics, progress.step)
 
     stop = []                                   # times of stop signals
     handle_signals(stop)
@@ -150,6 +148,22 @@ def main(argv=None) -> None:
     if progress.updates < steps:
         say(f"skipped   {steps - progress.updates} of {steps} steps: loss or gradient not finite")
     report(args, result, ranks)
+
+
+def keep_lines(metrics, steps: int) -> None:
+    """Cut metrics.jsonl after the lines of the first steps, or before one that is damaged."""
+    metrics.seek(0)
+    for step in range(1, steps + 1):
+        begin, line = metrics.tell(), metrics.readline()
+        try:
+            intact = line.endswith(b"\n") and json.loads(line)["step"] == step
+        except (ValueError, TypeError, KeyError):
+            intact = False
+        if not intact:
+            metrics.seek(begin)
+            say(f"warning   metrics.jsonl has only {step - 1} of the {steps} lines before this")
+            break
+    metrics.truncate()
 
 
 def train(model: DFT, optimizer, records: list, val: list, progress: "Progress", metrics, settings,
@@ -328,7 +342,6 @@ def build(config: Config, method: Method, args, ranks: Ranks) -> DFT:
     """
     with torch.device("meta"):
         model = DFT(Transformer(config), method)
-    check_weights(model.model, args.model)      # before any memory is taken
     freeze(model.model, args)
     model.model.compute_dtype = DTYPES[args.dtype]
     for layer in model.model.layers:
@@ -446,8 +459,12 @@ def report(args, result: str, ranks: Ranks) -> None:
         dist.destroy_process_group()
     if ranks.rank > 0:
         return
-    with open(os.path.join(os.path.dirname(result), "metrics.jsonl")) as file:
-        lines = [json.loads(line) for line in file if "val_loss" in line]
+    path = os.path.join(os.path.dirname(result), "metrics.jsonl")
+    try:
+        with open(path, encoding="utf-8") as file:
+            lines = [json.loads(line) for line in file if "val_loss" in line]
+    except ValueError as error:
+        raise InputError(f"{path}: a line is damaged ({error}); the model is in {result}") from None
     if lines:
         best = min(lines, key=lambda line: line["val_loss"])
         say(f"val       the loss on held-out records was lowest at step {best['step']:,}: "
@@ -459,7 +476,7 @@ def report(args, result: str, ranks: Ranks) -> None:
             f"asked:\n\n{table}")
     say(f"\nThe model is in {result}. Next, ask it something, or look at its layers:\n"
         f"  python eval.py --model {result} --prompt 'a question'\n"
-        f"  python eval.py --model {args.model} {result} --task lens --data {args.data}")
+        f"  python eval.py --model {args.model} {result} --task lens --data {args.test or args.data}")
 
 
 # ------------------------------------------------------------- supporting code: the folder of a run
@@ -804,6 +821,8 @@ class Output:
         self.stream.reconfigure(errors="backslashreplace")      # for terminals without UTF-8
 
     def write(self, text):
+        if text.startswith("\r") and not self.stream.isatty():      # progress, in a log file
+            text = text.strip("\r ") and text.strip("\r ") + "\n"
         try:
             print(text, end="", file=self.stream, flush=True)
         except OSError:
