@@ -1,8 +1,10 @@
 """data.py: tokenizers against those of transformers, records against the template, batches."""
+import dataclasses
 import hashlib
 import json
 import re
 import shutil
+from array import array
 
 import jinja2
 import numpy as np
@@ -11,7 +13,7 @@ import sentencepiece
 from conftest import ROOT
 from tokenizers import Tokenizer as FastTokenizer
 from tokenizers import models, normalizers
-from transformers import AutoTokenizer, GemmaTokenizer, PreTrainedTokenizerFast
+from transformers import AutoTokenizer, GemmaTokenizer, LlamaTokenizer, PreTrainedTokenizerFast
 from transformers.convert_slow_tokenizer import TikTokenConverter, generate_merges
 
 from data import (Record, Tokenizer, batch_of, chat_template, fingerprint, make_records,
@@ -116,14 +118,6 @@ def test_the_text_of_a_special_token_is_plain_text(pair):
         assert ours.decode(ids) == text
 
 
-# A byte-level BPE with three merges, in the form of tokenizer.json
-PRINTABLE = [*range(33, 127), *range(161, 173), *range(174, 256)]
-OTHER = [b for b in range(256) if b not in PRINTABLE]
-CHARS = [chr(b) if b in PRINTABLE else chr(256 + OTHER.index(b)) for b in range(256)]
-BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "use_regex": True}
-VOCAB = {token: n for n, token in enumerate([*CHARS, "th", "the", "Ġthe"])}
-MODEL = {"type": "BPE", "merges": ["t h", "th e", "Ġ the"], "vocab": VOCAB}
-BPE = {"normalizer": None, "pre_tokenizer": BYTE_LEVEL, "post_processor": None, "model": MODEL}
 BOS = {"single": [{"SpecialToken": {"id": "<s>"}}, {"Sequence": {"id": "A"}}]}
 NO_BOS = {"single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}]}
 
@@ -136,7 +130,7 @@ NO_BOS = {"single": [{"Sequence": {"id": "A"}}, {"SpecialToken": {"id": "</s>"}}
 def test_bos_is_added_as_transformers_5_adds_it(tmp_path, post, settings, bos):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
     if post != "no file":
-        (tmp_path / "tokenizer.json").write_text(json.dumps({**BPE, "post_processor": post}))
+        (tmp_path / "tokenizer.json").write_text(json.dumps({"post_processor": post}))
     assert Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model")).bos == bos
 
 
@@ -157,44 +151,62 @@ def test_a_prompt_is_what_transformers_chat_template_gives(request, tmp_path, na
         (record,), _ = make_records([("row", row)], ours, "target", 512)
         text = (theirs.bos_token if ours.bos else "") + prompt_text(question, "")
         assert theirs.apply_chat_template(messages, tokenize=False) == text
-        assert theirs.apply_chat_template(messages, return_dict=False) == record.prompt
+        assert theirs.apply_chat_template(messages, return_dict=False) == list(record.prompt)
     for roles in (["system", "user"], ["user", "assistant", "user"], ["assistant"]):
         messages = [{"role": role, "content": "text"} for role in roles]
         with pytest.raises(jinja2.exceptions.TemplateError, match="pass exactly one user message"):
             theirs.apply_chat_template(messages)
 
 
+@pytest.mark.parametrize("name", ["demo", "llama2", "gemma2", "smollm2"])
+def test_added_tokens_and_a_folder_without_tokenizer_model_give_the_ids_of_transformers(
+        request, tmp_path, name):
+    """Folders as transformers 5 saves them: all ids are in tokenizer.json. A token that somebody
+    added is found wherever it is in a text; the model has a row for each."""
+    if name == "smollm2":
+        theirs = AutoTokenizer.from_pretrained(request.getfixturevalue("smollm2"))
+    elif name == "demo":
+        theirs = AutoTokenizer.from_pretrained(DEMO)
+    else:
+        shared = request.getfixturevalue("shared")
+        shutil.copy(shared / "data" / "tokenizers" / name / "tokenizer.model", tmp_path)
+        kind = GemmaTokenizer if name == "gemma2" else LlamaTokenizer
+        theirs = kind.from_pretrained(tmp_path)
+        (tmp_path / "tokenizer.model").unlink()
+    for added in ([], ["Bác", "法国", "<think>", *(f"<new{n}>" for n in range(2000))]):
+        theirs.add_tokens(added)
+        theirs.save_pretrained(tmp_path)
+        ours = Tokenizer(write_folder(tmp_path, vocab_size=len(theirs), eos_token_id=2))
+        texts = [*TEXTS, "Bác Hồ ở 法国。<think>a b</think>", "xBácx <new7><new1999>", "<new77"]
+        expected = theirs(texts, add_special_tokens=False).input_ids
+        for text, found, wanted in zip(texts, ours.encode(texts), expected):
+            assert found == wanted, repr(text)
+        assert not added or theirs.convert_tokens_to_ids("Bác") in ours.encode(texts)[-3]
+
+
 TOKEN = {"content": "<x>", "special": False}
-ADDED = {"tokenizer.json": {**BPE, "added_tokens": [TOKEN]},
-         "tokenizer_config.json": {"added_tokens_decoder": {"3200": TOKEN}}}
+ADDED = {"tokenizer_config.json": {"added_tokens_decoder": {"3200": TOKEN}},
+         "added_tokens.json": {"<x>": 3200}}
 
 
 @pytest.mark.parametrize("name", ADDED)
-def test_an_added_token_is_refused_unless_it_is_special(tmp_path, name):
+def test_an_added_token_without_a_tokenizer_json_is_refused_unless_it_is_special(tmp_path, name):
     (tmp_path / name).write_text(json.dumps(ADDED[name]))
     config = write_folder(tmp_path, DEMO / "tokenizer.model", vocab_size=3201)
-    with pytest.raises(InputError, match="the tokenizer has an added token, '<x>'"):
+    with pytest.raises(InputError, match="1 tokens were added to the tokenizer, such as '<x>'"):
         Tokenizer(config)
     text = json.dumps(ADDED[name]).replace('"special": false', '"special": true')
     (tmp_path / name).write_text(text)
+    special = {"additional_special_tokens": ["<x>"]}
+    (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
     assert Tokenizer(config).size == 3200
 
 
-BAD_BPE = {
-    "a unigram": {"model": {"type": "Unigram", "vocab": []}}, "LLaMA-2": {"pre_tokenizer": None},
-    "metaspace": {"pre_tokenizer": {"type": "Metaspace"}},
-    "a normalizer": {"normalizer": {"type": "NFC"}},
-    "a prefix space": {"pre_tokenizer": {**BYTE_LEVEL, "add_prefix_space": True}},
-    "a merge of no token": {"model": {**MODEL, "merges": ["x y"]}},
-    "another order of merges": {"model": {**MODEL, "merges": ["th e", "t h"]}},
-    "two tokens of one id": {"model": {**MODEL, "vocab": {**VOCAB, "x": 258, "y": 259, "z": 259}}}}
-
-
-@pytest.mark.parametrize("case", BAD_BPE)
-def test_a_tokenizer_json_of_another_kind_is_refused(tmp_path, case):
-    (tmp_path / "tokenizer.json").write_text(json.dumps({**BPE, **BAD_BPE[case]}))
-    with pytest.raises(InputError, match="tokenizer.json: expected a byte-level BPE"):
-        Tokenizer(write_folder(tmp_path, vocab_size=259))
+@pytest.mark.parametrize("end, ids, taught", [("</s>", [3, 2], 2), ("</s>", 3, 3), (None, [3, 2], 3)])
+def test_the_end_token_is_the_tokenizers_own_if_the_model_ends_with_it(tmp_path, end, ids, taught):
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": end}))
+    config = write_folder(tmp_path, DEMO / "tokenizer.model", eos_token_id=ids)
+    assert Tokenizer(config).eos_id == taught
 
 
 @pytest.mark.parametrize("size, fits", [(3199, False), (3200, True), (4224, True), (4225, False)])
@@ -245,9 +257,14 @@ def write(path, rows):
 
 
 def records_of(rows, tokenizer, side="both", max_length=512, english_prompt=True):
-    """make_records of plain objects."""
+    """make_records of plain objects; the ids are lists, which are easier to compare."""
     rows = [(f"row {n}", row) for n, row in enumerate(rows)]
-    return make_records(rows, tokenizer, side, max_length, english_prompt)
+    records, counts = make_records(rows, tokenizer, side, max_length, english_prompt)
+    for record in records:
+        for field in dataclasses.fields(record):
+            value = getattr(record, field.name)
+            setattr(record, field.name, list(value) if isinstance(value, array) else value)
+    return records, counts
 
 
 @pytest.mark.parametrize("input, digest", [("", "cbaf5236ee205dbf"), ("I", "8f7586652fc6e2b8")])
@@ -284,9 +301,8 @@ def test_two_files_without_ids_are_joined_by_position_and_the_counts_say_so(tmp_
     joined = read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", english))
     assert [row for _, row in joined] == [{**row, "joined": "by position"} for row in both]
     _, counts = make_records(joined, demo, "both", 512)
-    assert str(counts) == ("3 of 3 records kept, joined by position; 2 with an English side; "
-                           "1 without a whole one")
-    assert make_records(read_parallel(str(tmp_path / "vi")), demo, "both", 512)[1].joined == ""
+    assert str(counts) == ("3 of 3 records kept; 1 without a whole English side; "
+                           "3 joined by position; 2 with an English side")
 
 
 BAD_PAIRS = {
@@ -339,24 +355,28 @@ def test_a_row_without_a_whole_english_side_is_trained_without_it_and_counted(de
     records, counts = records_of(rows, demo)
     assert [r.query_en is None for r in records] == [False, True, False]
     assert records[1] == records_of(rows[1:2], demo, "target")[0][0]
-    assert (counts.kept, counts.parallel, counts.target_only) == (3, 2, 1)
+    assert (counts["kept"], counts["with an English side"]) == (3, 2)
+    assert counts["without a whole English side"] == 1
     assert records[2] == records_of([example(2)], demo)[0][0]
 
 
 def test_the_method_sft_trains_on_english_and_on_nothing_else(demo):
     english = [plain(1, lang=None), plain(2, lang="en"), plain(3, lang="vi")]
-    assert records_of(english[:1], demo, "english")[1].kept == 1        # Stanford Alpaca's own file
-    assert records_of(english, demo, "english")[1].kept == 2
+    assert records_of(english[:1], demo, "english")[1]["kept"] == 1        # Stanford Alpaca's own file
+    assert records_of(english, demo, "english")[1]["kept"] == 2
     rows = [example(0), *UNTRANSLATED.values(), without(example(2), "lang", *ENGLISH), english[1]]
     records, counts = records_of(rows, demo, "english")
-    assert (counts.kept, counts.empty) == (2, 5)
+    assert str(counts) == ("2 of 7 records kept; "
+                           "5 dropped: a query or answer is missing")
     assert demo.decode(records[1].answer) == "Prime 2"
 
 
 @pytest.mark.parametrize("keys", [{"output": ""}, {"output": " \n"}, {"instruction": " "}])
 def test_a_row_without_a_query_or_an_answer_is_dropped_and_counted(demo, keys):
     records, counts = records_of([example(0), example(1, **keys), example(2)], demo)
-    assert (counts.read, counts.kept, counts.empty, len(records)) == (3, 2, 1, 2)
+    assert len(records) == 2
+    assert str(counts) == ("2 of 3 records kept; 2 with an English side; "
+                           "1 dropped: a query or answer is missing")
     with pytest.raises(InputError, match="row 0 .*0 of 1 records kept; 1 dropped: a query or"):
         records_of([example(1, **keys)], demo)
 
@@ -373,7 +393,8 @@ def test_every_sequence_of_a_record_fits_max_length(demo, key, field):
                          (r.prompt_en, r.answer_en)):
         assert len(prompt + part) <= length
     part, all_of_it = getattr(r, field), getattr(whole, field)
-    assert part and part == all_of_it[:len(part)] and len(part) < len(all_of_it) and counts.cut == 1
+    assert part and part == all_of_it[:len(part)] and len(part) < len(all_of_it)
+    assert counts["cut at --max_length"] == 1
 
 
 def test_a_row_whose_prompt_fills_max_length_is_dropped_if_the_method_uses_that_prompt(demo):
@@ -382,9 +403,10 @@ def test_a_row_whose_prompt_fills_max_length_is_dropped_if_the_method_uses_that_
     prompt = len(records_of(rows[:1], demo)[0][0].prompt)
     for side, english_prompt, kept in (("both", True, 1), ("both", False, 2), ("target", True, 2)):
         records, counts = records_of(rows, demo, side, prompt + 30, english_prompt)
-        assert (len(records), counts.kept, counts.long) == (kept, kept, 3 - kept)
+        assert (len(records), counts["kept"]) == (kept, kept)
+        assert counts["dropped: prompt too long for --max_length"] == 3 - kept
         assert all((r.prompt_en is not None) == (kept == 1) for r in records)
-    assert records_of(rows, demo, "target", prompt + 1)[1].kept == 2    # room for one token
+    assert records_of(rows, demo, "target", prompt + 1)[1]["kept"] == 2    # room for one token
     with pytest.raises(InputError, match="3 dropped: prompt too long for --max_length"):
         records_of(rows, demo, "target", prompt)
 
@@ -428,13 +450,13 @@ def test_a_file_that_is_no_list_of_records_is_refused_with_its_place(tmp_path, c
 
 
 BAD_ROWS = {
-    "no output": (without(example(1), "output"), "'output' is missing.*keys: instruction, input"),
+    "no output": (without(example(1), "output"), "'output' is missing.*keys: ..instruction., .input."),
     "null": (example(1, output=None), "'output' is null, expected text"),
     "a number": (example(1, instruction=7), "'instruction' is 7, expected text"),
     "an English list": (example(1, input_en=["a"]), r"'input_en' is \[\"a\"\], expected text"),
     "half a surrogate pair": (example(1, output="a\ud800b"), "'output' is .*ud800.*expected text"),
     "ShareGPT": ({"id": 1, "conversations": []}, "'instruction' is missing.*chat record"),
-    "messages": ({"messages": []}, "'instruction' is missing.*keys: messages .a chat record")}
+    "messages": ({"messages": []}, "'instruction' is missing.*keys: ..messages.. .a chat record")}
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)
