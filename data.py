@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import sys
 from array import array
 from collections import Counter
 from dataclasses import dataclass
@@ -25,6 +26,7 @@ LANGUAGES = {"ar": "Arabic", "bn": "Bengali", "de": "German", "en": "English", "
              "fr": "French", "hi": "Hindi", "ja": "Japanese", "ru": "Russian", "sw": "Swahili",
              "th": "Thai", "vi": "Vietnamese", "zh": "Chinese"}
 KEYS = ("instruction", "input", "output")       # of a row; its English side: instruction_en, ...
+MAX_TEXT = 10 ** 6                              # characters; tokenising takes 50 times the memory
 
 
 def prompt_text(instruction: str, input: str) -> str:
@@ -211,11 +213,11 @@ def micro_batches(sizes: list, budget: int, ranks: int) -> list:
 
 # --------------------------------------------------------------- supporting code: files, tokenizers
 
-def read_text(path: str) -> str:
-    """The text of a UTF-8 file, with its line ends."""
+def read_lines(path: str):
+    """The lines of a UTF-8 file one by one, with their line ends."""
     try:
-        with open(path, encoding="utf-8-sig", newline="") as file:
-            return file.read()
+        with open(path, encoding="utf-8-sig", newline="\n") as file:       # no split at U+2028
+            yield from file
     except OSError as error:
         raise InputError(f"{path}: {error.strerror}; expected a text file") from None
     except UnicodeDecodeError as error:
@@ -228,13 +230,14 @@ def read_rows(path: str) -> list:
         raise InputError(f"{path}: expected JSONL or a JSON array; decompress .gz with gunzip; "
                          "convert CSV with python -c 'import csv, json, sys; [print(json.dumps(row)"
                          ") for row in csv.DictReader(sys.stdin)]' < IN > OUT")
-    text, rows = read_text(path), []
-    is_array = text.lstrip()[:1] == "["
-    for n, line in enumerate([text] if is_array else text.split("\n"), 1):     # not at U+2028
+    rows, lines = [], read_lines(path)
+    for n, line in enumerate(lines, 1):
         if not line.strip():
             continue
+        is_array = not rows and line.lstrip().startswith("[")
         try:
-            value = json.loads(line, object_pairs_hook=to_dict)
+            value = json.loads("".join([line, *lines]) if is_array else line,
+                               object_pairs_hook=to_dict)
         except (ValueError, RecursionError) as error:
             raise InputError(f"{path}:{n}: malformed JSON: {error}; expected JSONL or a JSON "
                              "array") from None
@@ -250,10 +253,11 @@ def read_rows(path: str) -> list:
 
 def to_dict(pairs: list) -> dict:
     """The keys and values of a JSON object as a dict, unless a key occurs twice."""
-    keys = [key for key, _ in pairs]
-    if len(set(keys)) < len(keys):
+    row = {sys.intern(key): value for key, value in pairs}      # rows share the text of their keys
+    if len(row) < len(pairs):
+        keys = [key for key, _ in pairs]
         raise ValueError(f"the key {max(keys, key=keys.count)!r} occurs twice in one object")
-    return dict(pairs)
+    return row
 
 
 def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
@@ -265,6 +269,9 @@ def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
         hint = " (a chat record: convert each question and its answer)" if chat else ""
         raise InputError(f"{where}: {key!r} is {found}, expected text; its keys: "
                          f"{json.dumps(list(row))[:200]}{hint}")
+    if len(value) > MAX_TEXT:
+        raise InputError(f"{where}: {key!r} has {len(value):,} characters; expected at most "
+                         f"{MAX_TEXT:,}: is it a whole file, or a book? Split it")
     return value
 
 

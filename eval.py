@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (LANGUAGES, Tokenizer, chat_template, make_records, prompt_text, read_parallel,
-                  read_rows, read_side, read_text, text_of)
+                  read_lines, read_rows, read_side, text_of)
 from dft import choose_layers, lens
 from model import (DTYPES, Config, InputError, Packed, generate, load, pick_device, write_json)
 
@@ -47,7 +47,8 @@ class Subject:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
         self.bos = {"auto": self.tokenizer.bos, "never": []}.get(bos, [self.tokenizer.bos_id])
-        exported = os.path.exists(path) and read_text(path) in map(chat_template, (True, False))
+        own = "".join(read_lines(path)) if os.path.exists(path) else None
+        exported = own in (chat_template(True), chat_template(False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)
 
@@ -181,7 +182,7 @@ def read_test(task: str, lang: str, path: str) -> Test:
 
 def read_benchmark(path: str) -> list:
     """[(where, row)] of JSONL, a JSON array, or SQuAD's JSON."""
-    rows, text = [], read_text(path)
+    rows, text = [], "".join(read_lines(path))
     if not re.match(r'\s*{\s*"(data|version)"\s*:', text):
         return read_rows(path)
     try:

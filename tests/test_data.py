@@ -455,6 +455,7 @@ BAD_ROWS = {
     "a number": (example(1, instruction=7), "'instruction' is 7, expected text"),
     "an English list": (example(1, input_en=["a"]), r"'input_en' is \[\"a\"\], expected text"),
     "half a surrogate pair": (example(1, output="a\ud800b"), "'output' is .*ud800.*expected text"),
+    "a book": (example(1, output="a" * 1000001), "'output' has 1,000,001 characters; expected at"),
     "ShareGPT": ({"id": 1, "conversations": []}, "'instruction' is missing.*chat record"),
     "messages": ({"messages": []}, "'instruction' is missing.*keys: ..messages.. .a chat record")}
 
