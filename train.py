@@ -39,7 +39,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 
-import numpy as np
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
@@ -87,11 +86,13 @@ def main(argv=None) -> None:
     records, val, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
-    architecture = repr(dataclasses.replace(config, raw={}, folder="")).encode()
+    digest = hashlib.sha256(repr(dataclasses.replace(config, raw={}, folder="")).encode())
+    for weights in sorted(glob.glob(os.path.join(glob.escape(args.model), "*.safetensors"))):
+        with open(weights, "rb") as file:
+            digest.update(file.read(2 ** 20))               # tells two models of one size apart
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
-                                     "records": fingerprint(records),
-                                     "weights": ranks.first(lambda: weights_digest(args.model)),
-                                     "config": hashlib.sha256(architecture).hexdigest()[:16]})
+                                     "digest of the records": fingerprint(records),
+                                     "digest of the model": digest.hexdigest()[:16]})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
     if stored is not None:
@@ -122,21 +123,20 @@ def main(argv=None) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     say(f"run       {steps:,} steps of {min(args.batch_size, len(records))} records, "
         f"{parameters:,} parameters, on {ranks.world} x {ranks.device.type}")
-    progress = Progress()
-    if stored:
-        progress = load_checkpoint(settings, model, optimizer, ranks)
+    begin = load_checkpoint(settings, model, optimizer, ranks) if stored else 0
     if metrics:                                 # steps after the checkpoint are run again
-        keep_lines(metrics, progress.step)
+        keep_lines(metrics, begin)
 
     stop = []                                   # times of stop signals
     handle_signals(stop)
     try:
-        train(model, optimizer, records, val, progress, metrics, settings, ranks, stop)
-        if progress.step < steps:
-            say(f"stopped   by a signal after step {progress.step:,} of {steps:,}; to resume, give "
-                f"the same command with --out {out}")
+        done = train(model, optimizer, records, val, begin, metrics, settings, ranks, stop)
+        if done < steps:
+            say(f"stopped   by a signal after step {done:,} of {steps:,}; to resume, give the "
+                f"same command with --out {out}")
             return
-        if progress.updates == 0:
+        skipped = steps - updates(optimizer)
+        if skipped == steps:
             raise FloatingPointError("no step had a finite loss and gradient, so the model is not "
                                      "saved; try a lower --lr or --dtype fp32")
         save(model.model, result, DTYPES[args.dtype], chat_template(bool(tokenizer.bos)))
@@ -145,8 +145,8 @@ def main(argv=None) -> None:
                       f"command with --out {out} to resume") from None
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if progress.updates < steps:
-        say(f"skipped   {steps - progress.updates} of {steps} steps: loss or gradient not finite")
+    if skipped:
+        say(f"skipped   {skipped} of {steps} steps: loss or gradient not finite")
     report(args, result, ranks)
 
 
@@ -166,15 +166,16 @@ def keep_lines(metrics, steps: int) -> None:
     metrics.truncate()
 
 
-def train(model: DFT, optimizer, records: list, val: list, progress: "Progress", metrics, settings,
-          ranks: "Ranks", stop: list) -> None:
-    """The training loop, from progress.step to the last step or to a stop signal."""
-    method, steps = model.method, settings.steps
+def train(model: DFT, optimizer, records: list, val: list, begin: int, metrics, settings,
+          ranks: "Ranks", stop: list) -> int:
+    """The training loop, after `begin` steps, to the last step or to a stop signal. Returns how
+    many steps are done."""
+    method, steps, done, bad = model.method, settings.steps, begin, 0
     per_epoch = steps_per_epoch(len(records), settings.batch_size)
-    bar = tqdm(range(progress.step, steps), settings.method, total=steps, initial=progress.step,
-               unit="step", disable=ranks.rank > 0, dynamic_ncols=True,
+    bar = tqdm(range(begin, steps), settings.method, total=steps, initial=begin, unit="step",
+               disable=ranks.rank > 0, dynamic_ncols=True,
                mininterval=0.1 if sys.stderr.isatty() else 10)
-    for step in bar:
+    for step in bar:                            # counted from 0
         began = time.perf_counter()
 
         # Learning rate.
@@ -210,9 +211,8 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
         if finite:
             optimizer.step()
         optimizer.zero_grad()
-        progress.step += 1
-        progress.updates += finite
-        progress.bad = 0 if finite else progress.bad + 1
+        bad = 0 if finite else bad + 1          # in a row
+        done = step + 1
 
         # Log.
         means = dict.fromkeys(TERMS)            # None: loss not used, or step skipped
@@ -221,12 +221,11 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
                 means[term] = value / max(count, 1)
         loss = sum(method.weight(term) * (means[term] or 0) for term in TERMS) if finite else None
         seconds = time.perf_counter() - began
-        line = dict(step=progress.step, epoch=round(progress.step / per_epoch, 4), loss=loss,
-                    **means, lr=lr, grad_norm=norm if finite else None, tokens=int(tokens),
+        line = dict(step=done, epoch=round(done / per_epoch, 4), loss=loss, **means, lr=lr,
+                    grad_norm=norm if finite else None, tokens=int(tokens),
                     tokens_per_s=round(tokens / seconds, 1), seconds=round(seconds, 4),
-                    peak_mem_mib=peak_memory(ranks.device),
-                    skipped=progress.step - progress.updates)
-        if val and (progress.step % settings.val_every == 0 or progress.step == steps):
+                    peak_mem_mib=peak_memory(ranks.device), skipped=done - updates(optimizer))
+        if val and (done % settings.val_every == 0 or done == steps):
             line |= validate(model, val, settings, ranks)
         if metrics:
             metrics.write(json.dumps(line).encode() + b"\n")
@@ -235,20 +234,26 @@ def train(model: DFT, optimizer, records: list, val: list, progress: "Progress",
                      if line.get(key) is not None}
             bar.set_postfix({**shown, "tok/s": f"{line['tokens_per_s']:,.0f}"}, refresh=False)
         if not finite:
-            problem = f"step {progress.step}: loss or gradient not finite, {progress.bad} in a row"
+            problem = f"step {done}: loss or gradient not finite, {bad} in a row"
             say(f"skipped   {problem}")
-            if progress.bad == MAX_BAD_STEPS:
+            if bad == MAX_BAD_STEPS:
                 raise FloatingPointError(f"{problem}; {last_checkpoint(settings.out)}; try --lr "
                                          f"below {settings.lr} or --dtype fp32, with a new --out")
 
         # Save, and stop if a signal asked for it.
-        due = settings.save_every and progress.step % settings.save_every == 0 and finite
-        if due or stopping or progress.step == steps:
+        due = settings.save_every and done % settings.save_every == 0 and finite
+        if due or stopping or done == steps:
             if metrics:
                 os.fsync(metrics.fileno())      # metrics reach the disk before the checkpoint
-            save_checkpoint(settings, model, optimizer, progress, ranks)
+            save_checkpoint(settings, model, optimizer, done, ranks)
         if stopping:
-            return
+            break
+    return done
+
+
+def updates(optimizer) -> int:
+    """How many steps changed the weights: all but the skipped ones."""
+    return int(next(iter(optimizer.state.values()))["step"])
 
 
 def rank_batches(records: list, model: DFT, settings, ranks: "Ranks") -> list:
@@ -398,19 +403,11 @@ def read_records(args, method: Method, tokenizer: Tokenizer):
     side = {"sft": "english", "qalign": "translation"}.get(args.method, "target")
     side = "both" if method.signals() else side
     features = "feature" in method.signals().values()
-    rows, val_rows, val = read_parallel(args.data, args.data_en), [], []
+    rows, val = read_parallel(args.data, args.data_en), []
     if args.val:
-        val_rows = read_parallel(args.val)
-    elif args.val_share:
-        order = np.random.RandomState([args.seed % 2 ** 32, len(rows)]).permutation(len(rows))
-        size = max(1, round(args.val_share * len(rows)))
-        if size == len(rows):
-            raise InputError(f"--val_share {args.val_share}: no record of {len(rows)} is left to "
-                             "train on")
-        val_rows, rows = [rows[n] for n in order[:size]], [rows[n] for n in sorted(order[size:])]
-    if val_rows:
-        val, counts = make_records(val_rows, tokenizer, side, args.max_length, features)
-        say(f"val       {args.val or args.data}: {counts}")
+        val, counts = make_records(read_parallel(args.val), tokenizer, side, args.max_length,
+                                   features)
+        say(f"val       {args.val}: {counts}")
     records, counts = make_records(rows, tokenizer, side, args.max_length, features)
     if args.english and side != "english":
         records += english_records(rows, tokenizer, args.max_length, args.english, args.seed,
@@ -487,14 +484,6 @@ FREE = ("model", "data", "data_en", "test", "val", "val_every", "out", "epochs",
         "keep", "dry_run", "world_size")
 
 
-@dataclasses.dataclass
-class Progress:
-    """How far a run is: steps done, those that changed the weights, and those skipped in a row."""
-    step: int = 0
-    updates: int = 0
-    bad: int = 0
-
-
 def open_folder(args, ranks: Ranks):
     """(the folder of the run, on rank 0 its metrics.jsonl). The file stays locked until this
     process ends: two processes never train in one folder."""
@@ -525,32 +514,18 @@ def compare_settings(settings, stored: dict, path: str) -> None:
     for key, value in vars(settings).items():
         if key not in stored or key not in FREE and value not in ("auto", stored[key]) and (
                 str(value) != str(stored[key])):
-            what = {"steps": "the number of steps", "records": "the digest of the tokenized data",
-                    "weights": "the digest of the model's weights",
-                    "config": "the digest of the model's configuration"}
-            raise InputError(f"{what.get(key, '--' + key)} is {value}, but {stored.get(key)} in "
-                             f"{path}; resume with the same value, or give a new --out")
+            raise InputError(f"{key} is {value}, but {stored.get(key)} in {path}; resume with the "
+                             "same value, or give a new --out")
 
 
-def weights_digest(folder: str) -> str:
-    """A digest of 16 blocks of 4 KiB of every weight file, which tells two models apart."""
-    digest = hashlib.sha256()
-    for path in sorted(glob.glob(os.path.join(glob.escape(folder), "*.safetensors"))):
-        with open(path, "rb") as file:
-            for n in range(16):
-                file.seek(os.path.getsize(path) * n // 16)
-                digest.update(file.read(4096))
-    return digest.hexdigest()[:16]
-
-
-def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: Ranks) -> None:
+def save_checkpoint(settings, model: DFT, optimizer, step: int, ranks: Ranks) -> None:
     """Write OUT/checkpoints/step-NNNNNN with torch.distributed.checkpoint; all ranks call it.
 
     The folder is written as step-NNNNNN.partial and renamed when it is complete, so that an error
     leaves the older checkpoints as they were.
     """
     out, began = settings.out, time.perf_counter()
-    folder = os.path.join(out, "checkpoints", f"step-{progress.step:06d}")
+    folder = os.path.join(out, "checkpoints", f"step-{step:06d}")
     partial, tensors = folder + ".partial", checkpoint_tensors(model, optimizer)
     # Each rank writes one file per layer with its rows, and one file for the rest.
     numbers = {name: 2 + int(name.split(".")[2]) if ".layers." in name else 1 for name in tensors}
@@ -565,7 +540,8 @@ def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: 
         rank, (problem, _) = next(iter(error.failures.items()))
         raise (problem if rank == ranks.rank else SystemExit(2)) from None
     if ranks.rank == 0:                         # all ranks have written by now
-        state = dict(progress=vars(progress), settings=vars(settings), files=digests(partial))
+        state = dict(step=step, updates=updates(optimizer), settings=vars(settings),
+                     files=digests(partial))
         write_json(state, os.path.join(partial, "state.json"))
         shutil.rmtree(folder, ignore_errors=True)           # a damaged one of the same step
         os.rename(partial, folder)
@@ -574,8 +550,9 @@ def save_checkpoint(settings, model: DFT, optimizer, progress: Progress, ranks: 
     say(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
 
 
-def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
-    """Load the newest intact checkpoint into model and optimizer; any number of ranks wrote it."""
+def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> int:
+    """Load the newest intact checkpoint into model and optimizer, and return its step. Any number
+    of ranks may have written it."""
     found = ranks.first(lambda: checkpoints(settings.out))
     for folder in reversed(found):
         state = ranks.first(lambda: read_state(folder))
@@ -585,16 +562,15 @@ def load_checkpoint(settings, model: DFT, optimizer, ranks: Ranks) -> Progress:
         compare_settings(settings, state["settings"], os.path.join(folder, "state.json"))
         dcp.load(checkpoint_tensors(model, optimizer), process_group=ranks.group,
                  storage_reader=dcp.HuggingFaceStorageReader(folder), no_dist=not ranks.group)
-        progress = Progress(*(state["progress"][key] for key in ("step", "updates", "bad")))
         for moments in optimizer.state.values():
-            moments["step"].fill_(progress.updates)
-        say(f"resume    from {folder}, after step {progress.step:,}")
-        return progress
+            moments["step"].fill_(state["updates"])
+        say(f"resume    from {folder}, after step {state['step']:,}")
+        return state["step"]
     if found:
         raise InputError(f"{settings.out}: none of its checkpoints is intact; remove its folder "
                          "checkpoints to start from the first step")
     say(f"resume    from the first step: {settings.out} has no checkpoint")
-    return Progress()
+    return 0
 
 
 def checkpoint_tensors(model: DFT, optimizer) -> dict:
@@ -622,9 +598,9 @@ def read_state(folder: str) -> dict | None:
     """The state.json of a checkpoint, None if the files are not those that were saved."""
     try:
         state = read_json(os.path.join(folder, "state.json"))
-        done = [type(state["progress"][key]) for key in ("step", "updates", "bad")]
-        intact = done == [int] * 3 and isinstance(state["settings"], dict)
-        return state if intact and state["files"] == digests(folder) else None
+        types = [type(state[key]) for key in ("step", "updates", "settings")]
+        intact = types == [int, int, dict] and state["files"] == digests(folder)
+        return state if intact else None
     except (InputError, OSError, KeyError, TypeError):
         return None
 
@@ -712,7 +688,6 @@ def parse(argv=None) -> argparse.Namespace:
     add("--english", 0.0, "fraction of the distinct English sides to add as records of their own, "
         "which preserves the model's English")
     add("--val", None, "held-out records, in the format of --data", metavar="FILE")
-    add("--val_share", 0.0, "fraction of the records to hold out, instead of --val")
     add("--val_every", 100, "compute the loss on held-out records every N steps")
     parser.add_argument_group("method")
     kinds = ["none", "logits", "feature"]
@@ -740,7 +715,7 @@ def parse(argv=None) -> argparse.Namespace:
     add("--warmup", 0.03, "fraction of the steps for linear warm-up; then cosine decay to 0")
     add("--weight_decay", 0.0, "weight decay of AdamW")
     add("--clip", 1.0, "maximum gradient norm")
-    add("--seed", 0, "random seed (order of the records, --val_share, --english)")
+    add("--seed", 0, "random seed (order of the records, --english)")
     parser.add_argument_group("run")
     add("--out", None, "run folder; an existing run is resumed (default: new in runs/)",
         metavar="DIR")
@@ -777,7 +752,7 @@ def parse(argv=None) -> argparse.Namespace:
     has_effect = dict(lc_layer=args.lc != "none", lc_weight=args.lc != "none", align=logits,
                       et_layer=args.et != "none", et_weight=args.et != "none", lens_norm=logits,
                       pool=features, english_grad=features, world_size=args.dry_run,
-                      val_every=args.val or args.val_share)
+                      val_every=args.val)
     for key, used in has_effect.items():
         if not used and getattr(args, key) != parser.get_default(key):
             raise InputError(f"--{key} has no effect with these settings; leave it out")
@@ -788,17 +763,14 @@ def parse(argv=None) -> argparse.Namespace:
                 0 < value < math.inf or value == 0 and key in MAY_BE_0):
             least = "at least" if key in MAY_BE_0 else "more than"
             raise InputError(f"--{key} is {value}, expected {least} 0")
-    if args.val and args.val_share:
-        raise InputError("--val and --val_share: give one of them")
-    for key in ("warmup", "english", "val_share"):
+    for key in ("warmup", "english"):
         if getattr(args, key) > 1:
             raise InputError(f"--{key} is {getattr(args, key)}, expected a fraction from 0 to 1")
     return args
 
 
 MAY_BE_0 = ("lc_weight", "et_weight", "warmup", "weight_decay", "seed", "save_every", "dry_run",
-            "lens_norm", "english_grad", "activation_checkpointing", "cpu_offload", "english",
-            "val_share")
+            "lens_norm", "english_grad", "activation_checkpointing", "cpu_offload", "english")
 
 
 def make_method(args, config: Config) -> Method:

@@ -225,7 +225,7 @@ def run(folders, tmp_path_factory):
         with torch.no_grad():
             for p in model.parameters():
                 p.fill_(step)
-        train.save_checkpoint(settings, model, optimizer, train.Progress(step, step), RANKS)
+        train.save_checkpoint(settings, model, optimizer, step, RANKS)
     return out
 
 

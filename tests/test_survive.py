@@ -206,18 +206,18 @@ def test_a_setting_that_changes_the_result_is_refused_with_both_values(straight,
     shutil.copy(straight / "model" / "model.safetensors", twin)
     (tmp_path / "data").write_text(Path(demo_data).read_text().replace("?", "!", 1))
     before = files(out)
-    for more, words in [(["--lr", "2e-4"], "--lr is 0.0002, but 0.0001 in .*settings.json"),
-                        (["--steps", 9], "the number of steps is 9, but 8 in"),
-                        (["--lc_layer", 2], "--lc_layer is 2, but 1 in"),
-                        (["--dtype", "bf16"], "--dtype is bf16, but fp32 in"),
-                        (["--data", tmp_path / "data"], "digest of the tokenized data is .*, but"),
-                        (["--model", other], "digest of the model's configuration is .*, but"),
-                        (["--model", twin], "digest of the model's weights is .*, but")]:
+    for more, words in [(["--lr", "2e-4"], "lr is 0.0002, but 0.0001 in .*settings.json"),
+                        (["--steps", 9], "steps is 9, but 8 in"),
+                        (["--lc_layer", 2], "lc_layer is 2, but 1 in"),
+                        (["--dtype", "bf16"], "dtype is bf16, but fp32 in"),
+                        (["--data", tmp_path / "data"], "digest of the records is .*, but"),
+                        (["--model", other], "digest of the model is .*, but"),
+                        (["--model", twin], "digest of the model is .*, but")]:
         with pytest.raises(InputError, match=words):
             train.main(command(out, demo_data, *EIGHT, *more))
     assert files(out) == before
     edit(out / "settings.json", '"lr": 0.0001', '"lr": 0.0002')
-    with pytest.raises(InputError, match="--lr is 0.0002, but 0.0001 in .*step-000004/state.json"):
+    with pytest.raises(InputError, match="lr is 0.0002, but 0.0001 in .*step-000004/state.json"):
         train.main(command(out, demo_data, *EIGHT, "--lr", "2e-4"))
 
 
@@ -329,7 +329,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(demo_data, tmp_path, m
     assert "skipped   1 of 8 steps" in printed
     assert [path[-1] for path in train.checkpoints(tmp_path)] == list("1345678")
     state = json.loads((tmp_path / LAST / "state.json").read_text())
-    assert state["progress"] == dict(step=8, updates=7, bad=0)
+    assert (state["step"], state["updates"]) == (8, 7)
 
 
 def test_too_many_bad_steps_end_the_run_and_name_the_last_checkpoint(demo_data, tmp_path, program):
@@ -414,3 +414,12 @@ def test_a_run_survives_the_reader_of_its_output(straight, demo_data, tmp_path, 
     with pytest.raises(BrokenPipeError):
         pipe.close()
     assert_same_run(tmp_path, straight)
+
+
+def test_metrics_that_were_edited_are_kept_up_to_the_damage_and_the_run_says_so(
+        straight, demo_data, tmp_path, capsys):
+    out = rewind(straight, tmp_path / "run")
+    edit(out / "metrics.jsonl", '{"step": 3,', '{"step": 3')
+    train.main(command(out, demo_data, *EIGHT))
+    assert [line["step"] for line in metrics(out)] == [1, 2, 5, 6, 7, 8]
+    assert "metrics.jsonl has only 2 of the 4 lines before this" in capsys.readouterr().out

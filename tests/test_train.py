@@ -2,6 +2,7 @@
 import json
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -244,6 +245,13 @@ def test_a_missing_file_is_refused_before_the_first_step(demo_data, tmp_path):
     assert metrics(tmp_path) == []
     with pytest.raises(InputError, match="--model needs --data"):
         train.main(["--model", DEMO])
+
+
+def test_weights_that_do_not_fit_are_refused_before_the_data_is_read(tmp_path):
+    shutil.copytree(DEMO, tmp_path / "model")
+    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    with pytest.raises(InputError, match="model.safetensors"):
+        train.main(command(tmp_path / "run", "nowhere.jsonl", "--model", tmp_path / "model"))
 
 
 def test_dft_on_data_without_english_is_refused_by_a_run_and_by_a_dry_run(tmp_path):
