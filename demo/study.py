@@ -3,11 +3,14 @@
     python demo/study.py                            everything: about 4 hours on 2 CPU cores
     python demo/study.py --methods tft dft-logits   some methods
     python demo/study.py --table                    only print the tables of the CSV file
+    python demo/study.py --real DIR --data zh.jsonl --tests xcopa.zh=FILE       a real model
 
 Every run trains the demo model with train.py and scores it on demo/test.jsonl with eval.py. To
 stop and continue later, start the same command again: finished runs are kept in --out and not
 repeated. The learning rate and the number of epochs were chosen with --grid, which trains only
-tft, on 613 of the 713 facts, and prints its score on the questions about the other 100.
+tft, on 613 of the 713 facts, and prints its score on the questions about the other 100. With --real
+the model DIR is trained on the first --records parallel records of --data; it is scored by its loss
+on the answers of the last --held records, in both languages, and by benchmarks.
 """
 import argparse
 import csv
@@ -26,6 +29,8 @@ TRAIN, TEST = os.path.join(HERE, "train.jsonl"), os.path.join(HERE, "test.jsonl"
 CSV = os.path.join(HERE, "study.csv")
 LANGUAGES = ("zh", "vi", "ar")
 SETTINGS = ["--dtype", "fp32", "--batch_size", "32", "--lr", "5e-4", "--epochs", "3"]
+# The switches for --real, later ones count
+REAL = ["--dtype", "bf16", "--batch_size", "16", "--lr", "2e-5", "--epochs", "1"]
 # {method: (switches of train.py, number of seeds)}; --english 1.0 if no other share is given
 METHODS = {
     "tft": (["--method", "tft"], 5),
@@ -38,8 +43,9 @@ METHODS = {
     "--align position": (["--align", "position"], 3),
     "qalign, then sft": (["--method", "qalign"], 3),
     "tft --train_layers 1-3": (["--method", "tft", "--train_layers", "1-3"], 3),
-    "--et_layer 4": (["--lc_layer", "1", "--et_layer", "4"], 3),
-    "--et_layer 5": (["--lc_layer", "1", "--et_layer", "5"], 3),
+    "--et_layer 4": (["--lc_layer", "1", "--et_layer", "4"], 5),
+    "--et_layer 5": (["--lc_layer", "1", "--et_layer", "5"], 5),
+    "--lc none --et_layer 5": (["--lc", "none", "--et_layer", "5"], 5),
     "both weights 0.5": (["--lc_weight", "0.5", "--et_weight", "0.5"], 3),
     "both weights 2": (["--lc_weight", "2", "--et_weight", "2"], 3),
     "tft --english 0": (["--method", "tft", "--english", "0"], 3),
@@ -133,6 +139,67 @@ def grid(args) -> None:
             print("|", " | ".join([lr, str(epochs), *cells, f"{mean:.1f}"]), "|", flush=True)
 
 
+def answer_loss(folder: str, data: str, side: str) -> float:
+    """The mean loss of the answers' tokens in nats; side "target" or "english"."""
+    sys.path.insert(0, ROOT)
+    import torch
+    from data import Tokenizer, make_records, read_parallel
+    from dft import DFT, Method, lay_out
+    from model import load
+    model = load(folder)
+    records, _ = make_records(read_parallel(data), Tokenizer(model.config), side, 512)
+    total, count, method = 0.0, 0, Method("none", "none")
+    with torch.no_grad():
+        for first in range(0, len(records), 8):
+            batch = lay_out(records[first:first + 8], method, model.config.num_hidden_layers)
+            total += DFT(model, method)(batch)["tft"].item()
+            count += batch.counts["tft"]
+    return total / count
+
+
+def real(args) -> None:
+    """Train and score the model --real; one line of Markdown and of --csv for each run."""
+    with open(args.data, encoding="utf-8") as file:
+        lines = file.readlines()
+    fit, held = os.path.join(args.out, "fit.jsonl"), os.path.join(args.out, "held.jsonl")
+    os.makedirs(args.out, exist_ok=True)
+    for path, chosen in ((fit, lines[:args.records]), (held, lines[-args.held:])):
+        with open(path, "w", encoding="utf-8") as file:
+            file.writelines(chosen)
+    rows = []
+    for method in ["before", *args.methods]:
+        out, result, layers = os.path.join(args.out, "before"), args.real, ("", "")
+        os.makedirs(out, exist_ok=True)
+        if method != "before":
+            out = os.path.join(args.out, re.sub("[^a-z0-9.]+", "-", method).strip("-"))
+            result = train(out, args.real, [*REAL, *METHODS[method][0]], 0, fit)
+            with open(os.path.join(out, "settings.json"), encoding="utf-8") as file:
+                settings = json.load(file)
+            layers = settings["lc_layer"], settings["et_layer"]
+        row = {"method": method, "records": args.records, "i": layers[0], "j": layers[1],
+               "loss": round(answer_loss(result, held, "target"), 4),
+               "loss_en": round(answer_loss(result, held, "english"), 4)}
+        if args.tests:
+            path = os.path.join(out, "tests.json")
+            if not os.path.exists(path):
+                call("eval.py", "--model", result, "--task", *args.tests, "--limit", args.limit,
+                     "--out", path)
+            with open(path, encoding="utf-8") as file:
+                found = json.load(file)
+            for test in found if isinstance(found, list) else [found]:
+                for metric, value in test["scores"].items():
+                    row[f"{test['task']}.{test['lang']} {metric}"] = (
+                        f"{100 * value['mean']:.1f} ± {100 * value['stderr']:.1f}")
+        if not rows:
+            print("|", " | ".join(row), "|\n" + "| --- " * len(row) + "|")
+        print("|", " | ".join(map(str, row.values())), "|", flush=True)
+        rows.append(row)
+    with open(args.csv, "w", newline="", encoding="utf-8") as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
 def interval(values: list) -> str:
     """Mean and 95 % interval of its error, by Student's t."""
     if len(values) < 2:
@@ -175,11 +242,22 @@ def main() -> None:
     parser.add_argument("--out", default="runs/study", help="folder for the runs")
     parser.add_argument("--second", metavar="DIR", help="another pretrained model (make_demo.py "
                         "--seed 1), on which tft, dft-logits and --lc none are run as well")
+    parser.add_argument("--real", metavar="DIR", help="a model folder such as SmolLM2-135M")
+    parser.add_argument("--data", metavar="FILE", help="parallel JSONL records for --real")
+    parser.add_argument("--records", type=int, default=1000, help="how many to train on (1000)")
+    parser.add_argument("--held", type=int, default=200, help="how many are held out (200)")
+    parser.add_argument("--tests", nargs="*", default=[], metavar="TASK.LANG=FILE",
+                        help="benchmarks of eval.py for --real")
+    parser.add_argument("--limit", type=int, default=200, help="items of each benchmark (200)")
+    parser.add_argument("--csv", default=os.path.join(HERE, "study_real.csv"),
+                        help="where --real writes (default: demo/study_real.csv)")
     parser.add_argument("--grid", action="store_true", help="compare learning rates and epochs")
     parser.add_argument("--table", action="store_true", help="only print the tables")
     args = parser.parse_args()
     if args.grid:
         return grid(args)
+    if args.real:
+        return real(args)
     lines = []
     if not args.table:
         runs = [("demo", method, seed) for method in args.methods
