@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 import sentencepiece
 
-from model import Config, InputError, read_json
+from model import Config, InputError
 
 # Stanford Alpaca's prompt. As in the paper it is English, whatever language the query is in.
 HEAD = ("Below is an instruction that describes a task. Write a response that appropriately "
@@ -314,15 +314,16 @@ class Tokenizer:
     text, never a control token."""
 
     def __init__(self, config: Config):
-        folder, self.sp, self.fast = config.folder, None, None
-        path, spec = f"{folder}/tokenizer.model", optional_json(folder, "tokenizer.json")
-        settings = optional_json(folder, "tokenizer_config.json")
-        added = added_tokens(spec, settings, folder)
-        if os.path.exists(path):
+        folder, files, self.sp, self.fast = config.folder, config.files, None, None
+        spec, settings = config.json("tokenizer.json"), config.json("tokenizer_config.json")
+        added = added_tokens(config, spec, settings)
+        if "tokenizer.model" in files:
+            self.sp = sentencepiece.SentencePieceProcessor()
             try:
-                self.sp = sentencepiece.SentencePieceProcessor(model_file=path)
+                self.sp.load_from_serialized_proto(files["tokenizer.model"])
             except RuntimeError as error:
-                raise InputError(f"{path}: not a sentencepiece model ({error})") from None
+                raise InputError(f"{folder}/tokenizer.model: not a sentencepiece model "
+                                 f"({error})") from None
             self.size, self.id_of = self.sp.get_piece_size(), self.sp.piece_to_id
             self.gemma = self.id_of("<start_of_turn>") != self.sp.unk_id()
             if self.gemma:                              # its added tokens are pieces of the model
@@ -334,7 +335,7 @@ class Tokenizer:
         if added or self.sp is None:
             if not spec:
                 raise InputError(f"{folder}: expected a tokenizer.model or a tokenizer.json in it")
-            self.fast = read_fast(f"{folder}/tokenizer.json")
+            self.fast = read_fast(f"{folder}/tokenizer.json", files["tokenizer.json"])
             self.size, self.id_of = self.fast.get_vocab_size(), self.fast.token_to_id
             self.gemma = self.id_of("<start_of_turn>") is not None
         if not self.size <= config.vocab_size <= self.size + 1024:      # it may have spare rows
@@ -365,24 +366,19 @@ class Tokenizer:
         return self.fast.decode(ids) if self.fast else self.sp.decode(ids)
 
 
-def optional_json(folder: str, name: str) -> dict:
-    """The JSON object in a file, {} without the file."""
-    path = os.path.join(folder, name)
-    return read_json(path) if os.path.exists(path) else {}
-
-
-def added_tokens(spec: dict, settings: dict, folder: str) -> list:
+def added_tokens(config: Config, spec: dict, settings: dict) -> list:
     """The texts of the tokens that were added to a tokenizer and are not special. transformers
     finds them in a text before it does anything else."""
-    named = json.dumps(optional_json(folder, "special_tokens_map.json"))
+    special = json.dumps(config.json("special_tokens_map.json"))
     try:
         tokens = spec.get("added_tokens") or list(settings.get("added_tokens_decoder", {}).values())
-        for text in () if tokens else optional_json(folder, "added_tokens.json"):  # the older form
-            tokens.append({"content": text, "special": json.dumps(text) in named})
+        for text in () if tokens else config.json("added_tokens.json"):         # the older form
+            tokens.append({"content": text, "special": json.dumps(text) in special})
         return [str(token["content"]) for token in tokens if not token["special"]]
     except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{folder}: the added tokens in tokenizer.json or tokenizer_config.json "
-                         f"are malformed ({type(error).__name__}: {error})") from None
+        raise InputError(f"{config.folder}: the added tokens in tokenizer.json or "
+                         f"tokenizer_config.json are malformed ({type(error).__name__}: "
+                         f"{error})") from None
 
 
 def adds_bos(spec: dict, settings: dict) -> bool:
@@ -395,14 +391,14 @@ def adds_bos(spec: dict, settings: dict) -> bool:
     return any(template and "SpecialToken" in template[0] for template in templates)
 
 
-def read_fast(path: str):
+def read_fast(path: str, blob: bytes):
     """A tokenizers.Tokenizer that takes the text of special tokens as plain text."""
     try:
         import tokenizers
     except ImportError:
         raise InputError(f"{path}: reading it needs a package: pip install tokenizers") from None
     try:
-        fast = tokenizers.Tokenizer.from_file(path)
+        fast = tokenizers.Tokenizer.from_buffer(blob)
     except Exception as error:                          # tokenizers raises no narrower class
         raise InputError(f"{path}: not a tokenizer.json ({error})") from None
     fast.no_truncation()

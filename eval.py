@@ -42,12 +42,12 @@ class Subject:
     the Alpaca template if chat_template.jinja is exactly the one that train.py exports."""
 
     def __init__(self, folder, dtype, device, bos="auto", template="auto"):
-        config, path = Config.read(folder), f"{folder}/chat_template.jinja"
+        config = Config.read(folder)
         if bos == "never" and config.gemma:
             raise InputError("--bos never: a Gemma model needs BOS; use --bos auto")
         self.folder, self.tokenizer = folder, Tokenizer(config)
         self.bos = {"auto": self.tokenizer.bos, "never": []}.get(bos, [self.tokenizer.bos_id])
-        own = "".join(read_lines(path)) if os.path.exists(path) else None
+        own = config.files.get("chat_template.jinja", b"").decode(errors="replace")
         exported = own in (chat_template(True), chat_template(False))
         self.alpaca = template == "alpaca" or template == "auto" and exported
         self.model = load(folder, dtype, device)

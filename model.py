@@ -93,29 +93,23 @@ class Config:
     windows: tuple              # for each layer: how far back a token sees, or None for no limit
     gemma: bool                 # (1 + w) norms, two more norms a layer, scaled embeddings, GeGLU
     raw: dict                   # config.json as read
+    files: dict                 # {name: bytes} of the folder's small files
     folder: str
 
     @classmethod
     def read(cls, folder: str) -> "Config":
         """The Config of folder/config.json; InputError for a file or model we do not support."""
-        path, generation = Path(folder, "config.json"), Path(folder, "generation_config.json")
-        if not path.exists():
-            hint = "expected a Hugging Face model folder"
-            if Path(folder, "model", "config.json").exists():
-                hint = f"did you mean {folder}/model?"
-            elif Path(folder, "adapter_config.json").exists():
-                hint = "it is a LoRA adapter; merge it into its base model first"
-            elif not Path(folder).exists():
-                hint = f"no such folder; to download a model: hf download {folder} --local-dir DIR"
-            raise InputError(f"{folder}: no config.json; {hint}")
-        raw = read_json(path)
+        files, path = read_small_files(folder), f"{folder}/config.json"
+        raw = parse_json(files["config.json"], path)
         family = raw.get("model_type")
         if str(family) not in DEFAULTS:
             raise InputError(f"{path}: model_type is {family!r}, expected {' or '.join(DEFAULTS)}")
         gemma = family == "gemma2"
-        c = {**DEFAULTS[family], **raw, "gemma": gemma, "raw": raw, "folder": folder}
+        c = {**DEFAULTS[family], **raw, "gemma": gemma, "raw": raw, "files": files,
+             "folder": folder}
         # Generation may stop at more tokens than config.json names.
-        more = read_json(generation).get("eos_token_id") if generation.exists() else None
+        generation = files.get("generation_config.json", b"{}")
+        more = parse_json(generation, f"{folder}/generation_config.json").get("eos_token_id")
         try:
             # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters
             rope = {**(c["rope_scaling"] or {}), **(c.get("rope_parameters") or {})}
@@ -160,6 +154,10 @@ class Config:
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path}: {what}") from None
+
+    def json(self, name: str) -> dict:
+        """The object in one of the folder's JSON files; empty without the file."""
+        return parse_json(self.files.get(name, b"{}"), f"{self.folder}/{name}")
 
 
 # --------------------------------------------------------------------- the tokens of a forward pass
@@ -516,9 +514,10 @@ def next_logits(model: Transformer, ids, position, cache):
 
 
 @torch.no_grad()
-def decode(model: Transformer, prompts: list, max_new_tokens: int, last=()):
-    """Greedy decoding of R prompts (lists of ids): a step yields [(prompt number, next id)]. A row
-    ends before any of the model's end tokens, after any id in `last`, or at the last position."""
+def generate(model: Transformer, prompts: list, max_new_tokens: int, last=()) -> list:
+    """Greedy decoding of R prompts, lists of ids -> a list of at most max_new_tokens ids for each.
+    It ends before any of the model's end tokens, after any id in `last`, or at the last position.
+    """
     c, device = model.config, model.embed_tokens.weight.device
     lengths = [len(prompt) for prompt in prompts]
     if not all(0 < length < c.max_position_embeddings for length in lengths):
@@ -534,33 +533,59 @@ def decode(model: Transformer, prompts: list, max_new_tokens: int, last=()):
         position = torch.arange(len(prompt), device=device)[None]
         logits.append(next_logits(model, ids, position, cache[:, :, r:r + 1]))
     position = torch.tensor(lengths, device=device)[:, None]                # (R, 1)
-    unfinished = set(range(len(prompts)))
-    for count in range(1, max_new_tokens + 1):
-        if not unfinished:
-            return
-        ids = torch.cat(logits).argmax(-1)                                  # (R,)
-        new = [(r, i) for r, i in enumerate(ids.tolist()) if r in unfinished and i not in c.eos_ids]
-        yield new
-        unfinished = {r for r, i in new if i not in last and lengths[r] + count < size}
-        if unfinished and count < max_new_tokens:   # finished rows stay in the batch, unread
+    out, unfinished = [[] for _ in prompts], set(range(len(prompts)))
+    for count in range(max_new_tokens):
+        if count and unfinished:                    # finished rows stay in the batch, unread
             logits = [next_logits(model, ids[:, None], position, cache)]
             position = (position + 1).clamp(max=size - 1)
-
-
-def generate(model: Transformer, prompts: list, max_new_tokens: int, last=()) -> list:
-    """What decode() yields, collected: a list of at most max_new_tokens ids for each prompt."""
-    out = [[] for _ in prompts]
-    for new in decode(model, prompts, max_new_tokens, last):
-        for r, token in new:
-            out[r].append(token)
+        if not unfinished:
+            break
+        ids = torch.cat(logits).argmax(-1)                                  # (R,)
+        for r, i in enumerate(ids.tolist()):
+            if r in unfinished and i not in c.eos_ids:
+                out[r].append(i)
+            if i in c.eos_ids or i in last or lengths[r] + len(out[r]) >= size:
+                unfinished.discard(r)
     return out
 
 
 # ------------------------------------------------------------ supporting code: Hugging Face folders
 
-COPIED = ("tokenizer.model", "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json",
-          "vocab.json", "added_tokens.json", "merges.txt", "chat_template.jinja")
+SMALL_FILES = ("config.json", "generation_config.json", "tokenizer.model", "tokenizer.json",
+               "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json",
+               "chat_template.jinja")
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+
+
+def read_small_files(folder: str) -> dict:
+    """{name: bytes} of all files but the weights. An export writes them from memory, whatever
+    happens to the folder during the training. A link may lead to the hub's cache, but not out."""
+    root, files = Path(folder).resolve(), {}
+    if not (root / "config.json").exists():
+        hint = "expected a Hugging Face model folder"
+        if (root / "model" / "config.json").exists():
+            hint = f"did you mean {folder}/model?"
+        elif (root / "adapter_config.json").exists():
+            hint = "it is a LoRA adapter; merge it into its base model first"
+        elif (root / "snapshots").exists():
+            hint = f"it is a hub cache; give one of the folders in {folder}/snapshots"
+        elif (root / "state.json").exists():
+            hint = "it is a checkpoint; resume its run to the end to get a model"
+        elif not root.exists():
+            hint = f"no such folder; to download a model: hf download {folder} --local-dir DIR"
+        raise InputError(f"{folder}: no config.json; {hint}")
+    inside = root.parents[1] if root.parent.name == "snapshots" else root
+    for name in SMALL_FILES:
+        path = root / name
+        if not os.path.lexists(path):
+            continue
+        if not path.is_file() or not path.resolve().is_relative_to(inside):
+            raise InputError(f"{folder}/{name}: expected a regular file in this folder, found "
+                             f"{'a folder' if path.is_dir() else path.resolve()}")
+        files[name] = path.read_bytes()
+        if files[name].startswith(b"version https://git-lfs"):
+            raise InputError(f"{folder}/{name}: a git-lfs pointer; run git lfs pull")
+    return files
 
 
 def load(folder: str, dtype=torch.float32, device="cpu") -> Transformer:
@@ -588,6 +613,8 @@ def check_weights(model: Transformer, folder: str) -> None:
     found = {}                                  # name: a slice, whose numbers are not read yet
     for path in paths:
         try:
+            if not path.is_file():              # a FIFO, for one, would never end
+                raise ValueError("not a regular file")
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():
                     found[name] = tensors.get_slice(name)
@@ -660,16 +687,16 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
     write_json(exported_config(c, dtype), partial / "config.json")
     special = {"bos_token_id": c.bos_token_id, "eos_token_id": list(c.eos_ids)}
     write_json(special, partial / "generation_config.json")
-    for file in COPIED:
-        if Path(c.folder, file).exists():
-            shutil.copyfile(Path(c.folder, file), partial / file)
+    for file in SMALL_FILES[2:]:
+        if file in c.files:
+            (partial / file).write_bytes(c.files[file])
     if chat_template:       # transformers 5 reads the .jinja file, 4 reads tokenizer_config.json
-        path = partial / "tokenizer_config.json"
-        tokenizer_config = read_json(path) if path.exists() else {}
-        if not (partial / "tokenizer.json").exists():
+        tokenizer_config = c.json("tokenizer_config.json")
+        if "tokenizer.json" not in c.files:
             # else transformers 5 gives text after BOS no leading space, unlike text without BOS
             tokenizer_config["legacy"] = True
-        write_json({**tokenizer_config, "chat_template": chat_template}, path)
+        write_json({**tokenizer_config, "chat_template": chat_template},
+                   partial / "tokenizer_config.json")
         (partial / "chat_template.jinja").write_text(chat_template, encoding="utf-8")
     shutil.rmtree(folder, ignore_errors=True)
     os.rename(partial, folder)
@@ -685,24 +712,32 @@ def exported_config(c: Config, dtype) -> dict:
             "rope_theta": c.rope_theta, "rope_scaling": c.rope_scaling, "rope_parameters": rope}
 
 
-def read_json(path) -> dict:
-    """The JSON object in a file; InputError where it is missing or malformed."""
+def read_json(path: str) -> dict:
+    """The JSON object in a file; InputError if it is missing or malformed."""
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
+        return parse_json(Path(path).read_bytes(), path)
+    except OSError as error:
+        raise InputError(f"{path}: {error.strerror}") from None
+
+
+def parse_json(blob: bytes, path: str) -> dict:
+    """The JSON object in the bytes of a file; InputError if it is malformed."""
+    try:
+        value = json.loads(blob)
         if not isinstance(value, dict):
             raise ValueError(f"found a {type(value).__name__}")
         return value
-    except OSError as error:
-        raise InputError(f"{path}: {error.strerror}; expected a Hugging Face folder") from None
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise InputError(f"{path}: not valid JSON, expected an object ({error})") from None
 
 
 def write_json(value, path) -> None:
     """Write a value as JSON; after a crash the file is either the old one or the new one."""
-    with open(f"{path}.tmp", "w", encoding="utf-8") as file:
-        file.write(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(f"{path}.tmp", path)
+    try:
+        with open(f"{path}.tmp", "w", encoding="utf-8") as file:
+            file.write(json.dumps(value, indent=2) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(f"{path}.tmp", path)
+    except OSError as error:                # a full disk's error does not name the file
+        raise OSError(f"{path}: {error.strerror}") from None

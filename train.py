@@ -86,7 +86,7 @@ def main(argv=None) -> None:
     records, val, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
-    digest = hashlib.sha256(repr(dataclasses.replace(config, raw={}, folder="")).encode())
+    digest = hashlib.sha256(repr(dataclasses.replace(config, raw={}, files={}, folder="")).encode())
     for weights in sorted(glob.glob(os.path.join(glob.escape(args.model), "*.safetensors"))):
         with open(weights, "rb") as file:
             digest.update(file.read(2 ** 20))               # tells two models of one size apart

@@ -199,7 +199,7 @@ def test_an_added_token_without_a_tokenizer_json_is_refused_unless_it_is_special
     (tmp_path / name).write_text(text)
     special = {"additional_special_tokens": ["<x>"]}
     (tmp_path / "special_tokens_map.json").write_text(json.dumps(special))
-    assert Tokenizer(config).size == 3200
+    assert Tokenizer(Config.read(str(tmp_path))).size == 3200
 
 
 @pytest.mark.parametrize("end, ids, taught", [("</s>", [3, 2], 2), ("</s>", 3, 3), (None, [3, 2], 3)])

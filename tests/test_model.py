@@ -271,7 +271,7 @@ def test_configs_in_the_form_of_transformers_4_and_5_are_read_and_written(family
         assert both["rope_scaling"] | {"rope_theta": 10000.0} == rope
         assert type(both["rope_scaling"]["original_max_position_embeddings"]) is int
     old = variant(tmp_path / "both", tmp_path / "old", without=("rope_parameters", "dtype"))
-    configs = [dataclasses.replace(Config.read(folder), raw={}, folder="")
+    configs = [dataclasses.replace(Config.read(folder), raw={}, files={}, folder="")
                for folder in (family(name), str(tmp_path / "both"), old)]
     assert configs[0] == configs[1] == configs[2]
     assert torch.equal(hf_logits(old), hf_logits(family(name)))
@@ -384,3 +384,68 @@ def test_a_folder_config_or_key_that_is_missing_is_named(family, tmp_path):
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(InputError, match="no config.json; it is a LoRA adapter"):
         load(str(tmp_path))
+    (tmp_path / "cache" / "snapshots").mkdir(parents=True)
+    with pytest.raises(InputError, match="it is a hub cache; give one of the folders in .*snapshots"):
+        load(str(tmp_path / "cache"))
+    (tmp_path / "cache" / "snapshots").rename(tmp_path / "cache" / "state.json")
+    with pytest.raises(InputError, match="it is a checkpoint; resume its run"):
+        load(str(tmp_path / "cache"))
+
+
+STRANGE = {
+    "a folder": (lambda path: path.mkdir(), "expected a regular file in this folder, found a folder"),
+    "a pipe": (os.mkfifo, "expected a regular file"),
+    "a device": (lambda path: path.symlink_to("/dev/zero"), "found /dev/zero"),
+    "a link out": (lambda path: path.symlink_to(__file__), "expected a regular file in this folder"),
+    "a broken link": (lambda path: path.symlink_to("nowhere"), "expected a regular file"),
+    "a git-lfs pointer": (lambda path: path.write_bytes(LFS), "a git-lfs pointer; run git lfs pull"),
+}
+
+
+@pytest.mark.parametrize("file", ["config.json", "tokenizer.model", "chat_template.jinja"])
+@pytest.mark.parametrize("case", STRANGE)
+def test_only_regular_files_of_the_folder_itself_are_read(family, tmp_path, case, file):
+    make, message = STRANGE[case]
+    folder = variant(family("llama2"), tmp_path / "model")
+    path = Path(folder, file)
+    path.unlink(missing_ok=True)
+    make(path)
+    if case == "a broken link" and file == "config.json":
+        message = "no config.json"
+    with pytest.raises(InputError, match=message):
+        load(folder)
+
+
+def test_a_weight_file_that_is_a_pipe_is_refused(family, tmp_path):
+    folder = variant(family("llama2"), tmp_path / "model")
+    os.mkfifo(os.path.join(folder, "more.safetensors"))
+    with pytest.raises(InputError, match="more.safetensors: not a safetensors file"):
+        load(folder)
+
+
+def test_links_within_a_hub_cache_are_followed(family, tmp_path):
+    variant(family("llama2"), tmp_path / "blobs")
+    snapshot = tmp_path / "snapshots" / "a1b2"
+    snapshot.mkdir(parents=True)
+    for blob in (tmp_path / "blobs").iterdir():
+        (snapshot / blob.name).symlink_to(f"../../blobs/{blob.name}")
+    assert torch.equal(load(str(snapshot)).head_weight, load(family("llama2")).head_weight)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, "7", "{"])
+def test_a_small_file_that_is_no_json_object_is_refused(family, tmp_path, text):
+    folder = variant(family("llama2"), tmp_path / "model")
+    Path(folder, "tokenizer_config.json").write_text(text)
+    with pytest.raises(InputError, match="tokenizer_config.json: not valid JSON, expected an object"):
+        save(load(folder), str(tmp_path / "out"), chat_template="a template")
+
+
+def test_a_model_is_saved_whole_after_its_folder_is_gone(family, tmp_path):
+    """Half a surrogate pair, which has no UTF-8 form, is kept as it is."""
+    folder = variant(family("llama2"), tmp_path / "model", note="\ud800")
+    Path(folder, "tokenizer.model").write_bytes(b"tokenizer")
+    model = load(folder)
+    shutil.rmtree(folder)
+    save(model, str(tmp_path / "out"), chat_template="a template")
+    assert (tmp_path / "out" / "tokenizer.model").read_bytes() == b"tokenizer"
+    assert load(str(tmp_path / "out")).config.raw["note"] == "\ud800"
