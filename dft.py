@@ -46,7 +46,7 @@ import torch.nn.functional as F
 from model import InputError, Packed, Transformer, cap
 
 TERMS = ("tft", "lc", "et")
-CHUNK = 2 ** 25         # logits per chunk of the loss: 128 MiB for one copy in fp32
+CHUNK = {"cpu": 2 ** 25, "cuda": 2 ** 27}       # logits per chunk of the loss; 4 bytes each in fp32
 
 
 @dataclass(frozen=True)
@@ -149,6 +149,7 @@ class DFT(nn.Module):
 
     def compile_parts(self, flex: bool) -> None:
         """Use torch.compile for the layers and the loss; see Transformer.compile_layers."""
+        torch._dynamo.config.specialize_float = True    # else the cap becomes a tensor in fp64
         self.model.compile_layers(flex)
         self.nll = torch.compile(nll, dynamic=True)
 
@@ -244,13 +245,19 @@ def cross_entropy(x, weight, target, limit: float | None = None, nll=nll):
     return FusedCrossEntropy.apply(x, weight, target, limit, nll, x_grad, weight_grad)
 
 
+def chunk_rows(vocab_size: int, device: str) -> int:
+    """Rows of a chunk of logits; on a GPU a multiple of 128, the size of a tile of its products."""
+    rows = CHUNK[device] // vocab_size
+    return max(1, rows) if device == "cpu" else max(128, rows - rows % 128)
+
+
 class FusedCrossEntropy(torch.autograd.Function):
     """Computes loss and gradient chunk by chunk in forward, so that no logits are kept; backward
     only scales the gradient. It takes three matrix products, as the dense form does."""
 
     @staticmethod
     def forward(ctx, x, weight, target, limit, nll, x_grad, weight_grad):
-        chunk = max(1, CHUNK // len(weight))
+        chunk = chunk_rows(len(weight), x.device.type)
         total = torch.zeros((), device=x.device)
         ctx.dx = torch.empty_like(x) if x_grad else None
         ctx.dw = torch.zeros_like(weight) if weight_grad else None

@@ -643,7 +643,7 @@ def plan(args, config: Config, method: Method) -> str:
     states = 0 if args.cpu_offload else (4 * n + 12 * trained) / args.world_size
     copies = low * (n if args.world_size == 1 else n - (L - 2) * layer)
     per_layer = 2 if args.activation_checkpointing else 34
-    need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK
+    need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK["cuda"]
     return (f"model     {args.model}: {n:,} parameters, {L} layers; i = {i}, j = {j}\n"
             f"data      {counts}; {batch.tokens / len(records):.0f} tokens per record\n"
             f"time      {steps:,} steps, {flops:.2e} FLOPs: {flops / 0.4 / 989e12 / 3600:.2f} GPU "

@@ -2,13 +2,14 @@
 
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --method dft-logits --dtype fp32
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --peer ../before
-    python tests/bench.py --model DIR --shapes llama-2-7b --layers 4 --data zh.jsonl --device cuda
+    python tests/bench.py --shapes llama-2-7b --layers 4 --device cuda       no files are needed
 
 --peer transformers: the same losses as one would write them first. Padded batches of --peer_batch
 records whose gradients accumulate, all hidden states, a dense cross-entropy over all positions; one
 pass for the target-language answer, one for each inner loss by logits (the prompt with the English
 text), and for features one without gradient for the English text.
 --peer liger: the same with Liger's kernels (--method tft on a GPU).
+With --shapes the weights are random. Without --data so are the ids, at lengths like Alpaca's.
 --peer FOLDER: another checkout of this project, such as the commit before.
 
 The sides take turns, A B A B, each in its own process, and time one step after one to warm up (on a
@@ -18,6 +19,7 @@ then printed. Times of a busy machine vary, so read the ratios.
 import argparse
 import json
 import os
+import random
 import statistics
 import subprocess
 import sys
@@ -32,14 +34,16 @@ from torch.nn.utils.rnn import pad_sequence
 ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import train  # noqa: E402
-from data import Tokenizer, make_records, micro_batches, read_parallel  # noqa: E402
+from data import Record, Tokenizer, make_records, micro_batches, read_parallel  # noqa: E402
 from dft import lay_out  # noqa: E402
 from model import Config, Transformer, cap, save, write_json  # noqa: E402
 
 # hidden, MLP, layers, heads, key/value heads, head size, vocabulary
 SHAPES = {"smollm2-135m": (576, 1536, 30, 9, 3, 64, 49152),
           "llama-2-7b": (4096, 11008, 32, 32, 32, 128, 32000),
-          "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000)}
+          "gemma-2-2b": (2304, 9216, 26, 8, 4, 256, 256000),
+          "tiny": (64, 96, 4, 4, 2, 16, 512)}
+RANDOM = "random ids"           # in place of a file of --data
 SETTINGS = "model data method dtype lc_layer et_layer device compile micro_batch_tokens".split()
 
 
@@ -47,30 +51,49 @@ def flags(args, names):
     return [f"--{name}={getattr(args, name)}" for name in names]
 
 
-def random_model(args, folder):
-    """Write a folder of random weights of --shapes with the tokenizer of --model."""
-    D, M, L, H, K, h, V = SHAPES[args.shapes]
-    write_json(dict(model_type="gemma2" if args.shapes.startswith("gemma") else "llama",
-                    hidden_size=D, intermediate_size=M, num_hidden_layers=args.layers or L,
+def random_model(shapes, layers, folder, tokenizer=None):
+    """Write a folder of random weights, with the tokenizer of another folder."""
+    D, M, L, H, K, h, V = SHAPES[shapes]
+    write_json(dict(model_type="gemma2" if shapes.startswith("gemma") else "llama",
+                    hidden_size=D, intermediate_size=M, num_hidden_layers=layers or L,
                     num_attention_heads=H, num_key_value_heads=K, head_dim=h, vocab_size=V,
-                    max_position_embeddings=4096, tie_word_embeddings=args.shapes != "llama-2-7b"),
+                    max_position_embeddings=4096, tie_word_embeddings=shapes != "llama-2-7b"),
                os.path.join(folder, "config.json"))
     model = Transformer(Config.read(folder))
-    model.config.folder = args.model            # where save() finds the tokenizer
+    if tokenizer:
+        model.config.files = Config.read(tokenizer).files
     for name, p in model.named_parameters():
         if "norm" not in name:
             p.data.normal_(0, 0.02)
     save(model, folder)
 
 
+def random_records(count, vocab_size):
+    """Parallel records of random ids: prompts of 40 tokens and a query, answers of 1 to 400."""
+    draw, records = random.Random(0), []
+
+    def ids(n):
+        return [draw.randrange(3, vocab_size) for _ in range(n)]
+
+    for _ in range(count):
+        query, answer = draw.randint(5, 40), 1 + min(400, int(draw.lognormvariate(4, 1)))
+        records.append(Record(ids(40 + query), ids(answer), (30, 30 + query), ids(query),
+                              ids(answer), ids(40 + query), (30, 30 + query)))
+    return records
+
+
 # -------------------------------------------------------------------------------------- the sides
 
 def prepare(args):
     """(settings of train.py, Config, Method, records) that both sides train on."""
-    settings = train.parse(flags(args, SETTINGS))
+    names = SETTINGS if args.method.startswith("dft") else [
+        name for name in SETTINGS if not name.endswith("_layer")]
+    settings = train.parse(flags(args, names))
     config = Config.read(settings.model)
     method = train.make_method(settings, config)
     side = "both" if method.signals() else "target"
+    if settings.data == RANDOM:
+        return settings, config, method, random_records(args.records, config.vocab_size)
     rows = read_parallel(settings.data)[:args.records]
     records, _ = make_records(rows, Tokenizer(config), side, settings.max_length)
     return settings, config, method, records
@@ -124,7 +147,7 @@ def peer(settings, config, method, records, batch=8, liger=False):
 
     def predict(texts, layer):
         """(cross-entropy of the continuations, summed; all hidden states (R, T, D))."""
-        labels = padded([[-100] * len(prompt) + text for prompt, text in texts], -100)
+        labels = padded([[-100] * len(prompt) + list(text) for prompt, text in texts], -100)
         if liger:                   # its fused loss, a mean, makes no logits
             return run_model(texts, labels=labels).loss * (labels != -100).sum(), None
         out = run_model(texts)
@@ -230,8 +253,8 @@ def compare(args):
 def main():
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True)
-    parser.add_argument("--data", required=True)
+    parser.add_argument("--model", help="model folder; with --shapes, only for its tokenizer")
+    parser.add_argument("--data", default=RANDOM, help="parallel records; default: random ids")
     parser.add_argument("--records", type=int, default=32)
     parser.add_argument("--method", default="dft-logits", choices=train.SIGNALS)
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
@@ -251,7 +274,7 @@ def main():
         return one_side(args)
     with tempfile.TemporaryDirectory() as folder:
         if args.shapes:
-            random_model(args, folder)
+            random_model(args.shapes, args.layers, folder, args.model)
             args.model = folder
         compare(args)
 

@@ -2,9 +2,11 @@
 
     python -m pytest tests/test_fast.py -rs
 """
+import json
 import subprocess
 import sys
 from argparse import Namespace
+from collections import Counter
 from unittest.mock import Mock
 
 import bench
@@ -16,7 +18,7 @@ from torch._dynamo.utils import counters
 from torch.nn.attention import flex_attention as flex
 
 import train
-from dft import DFT, Method
+from dft import DFT, Method, chunk_rows
 from model import Config, Packed, attention_inputs, load
 
 
@@ -91,6 +93,21 @@ def test_the_benchmark_and_its_peer_compute_equal_losses(method, demo_data):
     for model, compute in (bench.ours(*given), bench.peer(*given, batch=4)):
         losses.append({term: mean.item() for term, mean in compute(records).items()})
     assert losses[0] == pytest.approx(losses[1], rel=1000 * EPS)
+
+
+def test_a_chunk_of_logits_is_whole_tiles_on_a_gpu():
+    assert [chunk_rows(V, "cuda") for V in (32000, 256000, 10 ** 7)] == [4096, 512, 128]
+    assert [chunk_rows(V, "cpu") for V in (32000, 256000, 10 ** 8)] == [1048, 131, 1]
+
+
+def test_the_script_for_a_gpu_runs_every_part_on_a_cpu(tmp_path):
+    done = subprocess.run([sys.executable, ROOT / "tests" / "gpu.py", "--device", "cpu", "--tiny",
+                           "--out", tmp_path / "gpu.json"], capture_output=True, text=True)
+    rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
+    count = Counter(part for part, *_ in rows)
+    assert count == {"tests": 2, "losses": 19, "recompilations": 4, "resume": 2, "speed": 3,
+                     "decoding": 2}, done.stderr
+    assert done.returncode == 0 and "FAILED" not in done.stdout
 
 
 COUNT_PAGES = """
