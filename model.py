@@ -646,44 +646,26 @@ def hf_name(name: str) -> str:
     return name if name.startswith("lm_head") else "model." + name
 
 
-def save(model: Transformer, folder: str, dtype=None, chat_template: str | None = None,
-         shard_bytes: int = 5 * 10 ** 9) -> None:
+def save(model: Transformer, folder: str, dtype=None, chat_template: str | None = None) -> None:
     """Write a Hugging Face folder: weights in dtype (default: the model's), config, chat template,
     and the tokenizer files of the folder that the model was read from.
 
-    All ranks call it. Rank 0 gathers the tensors of one weight file at a time and writes them. The
-    folder is written as FOLDER.partial and renamed when it is complete.
+    All ranks call it. Rank 0 gathers the weights, one after the other, and holds them in memory.
+    The folder is written as FOLDER.partial and renamed when it is complete.
     """
     c, dtype = model.config, dtype or next(model.parameters()).dtype
-    groups, size = [], torch.inf                # the tensors of each weight file, its bytes
-    for name, p in model.named_parameters():
-        if size + p.numel() * dtype.itemsize > shard_bytes:
-            groups.append({})
-            size = 0
-        groups[-1][hf_name(name)] = p.detach()
-        size += p.numel() * dtype.itemsize
     writes = not torch.distributed.is_initialized() or torch.distributed.get_rank() == 0
-    partial, weight_map = Path(folder.rstrip("/") + ".partial"), {}
-    if writes:
-        shutil.rmtree(partial, ignore_errors=True)
-        os.makedirs(partial)
-    for number, group in enumerate(groups, 1):
-        file = f"model-{number:05d}-of-{len(groups):05d}.safetensors"
-        if len(groups) == 1:
-            file = "model.safetensors"
-        tensors = {}
-        for name, p in group.items():
-            whole = p.full_tensor() if isinstance(p, DTensor) else p    # on all ranks: a collective
-            if writes:
-                tensors[name] = whole.to("cpu", dtype).contiguous()
-                weight_map[name] = file
+    tensors = {}
+    for name, p in model.named_parameters():
+        whole = p.full_tensor() if isinstance(p, DTensor) else p        # on all ranks: a collective
         if writes:
-            save_file(tensors, partial / file, metadata={"format": "pt"})
+            tensors[hf_name(name)] = whole.detach().to("cpu", dtype).contiguous()
     if not writes:
         return
-    if len(groups) > 1:
-        index = {"metadata": {}, "weight_map": weight_map}
-        write_json(index, partial / "model.safetensors.index.json")
+    partial = Path(folder.rstrip("/") + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    os.makedirs(partial)
+    save_file(tensors, partial / "model.safetensors", metadata={"format": "pt"})
     write_json(exported_config(c, dtype), partial / "config.json")
     special = {"bos_token_id": c.bos_token_id, "eos_token_id": list(c.eos_ids)}
     write_json(special, partial / "generation_config.json")

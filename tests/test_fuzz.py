@@ -111,13 +111,13 @@ def use_records(folder):
 
 
 def write_models(root):
-    for name, raw, size in (("llama", LLAMA, 10 ** 6), ("gemma2", GEMMA, 2000)):
+    for name, raw in (("llama", LLAMA), ("gemma2", GEMMA)):
         (root / name).mkdir()
         (root / name / "config.json").write_text(json.dumps(raw))
         model = Transformer(Config.read(str(root / name)))
         for p in model.parameters():
             torch.nn.init.normal_(p, std=0.1)
-        save(model, str(root / name), shard_bytes=size)
+        save(model, str(root / name))
 
 
 def write_tokenizers(root):
