@@ -83,10 +83,11 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
     default_lang = None if any(row.get("output_en") for _, row in rows) else "en"
     for where, row in rows:
         target, english = read_side(where, row, ""), read_side(where, row, "_en")
-        if side == "english" and (english or (row.get("lang") or default_lang) != "en"):
+        lang = read_lang(where, row)
+        if side == "english" and (english or (lang or default_lang) != "en"):
             target = english
         if side == "translation" and target:
-            source = f"from {LANGUAGES[row['lang']]} " if str(row.get("lang")) in LANGUAGES else ""
+            source = f"from {LANGUAGES[lang]} " if lang in LANGUAGES else ""
             task = f"Translate the following sentences {source}to English."
             target = english and [task, query_text(target), query_text(english)]
         if target is None:
@@ -154,6 +155,14 @@ def read_side(where: str, row: dict, suffix: str) -> list | None:
     instruction and output of the target side must be text."""
     texts = [text_of(where, row, key + suffix, bool(suffix) or key == "input") for key in KEYS]
     return texts if (texts[0] + texts[1]).strip() and texts[2].strip() else None
+
+
+def read_lang(where: str, row: dict) -> str:
+    """The language code of a row, "" without one."""
+    lang = text_of(where, row, "lang", optional=True)
+    if not lang.isprintable():
+        raise InputError(f"{where}: 'lang' is {lang!r}, expected a language code")
+    return lang
 
 
 def encode_side(texts: list, tokenizer: "Tokenizer") -> Record:
@@ -227,9 +236,11 @@ def read_lines(path: str):
 def read_rows(path: str) -> list:
     """A JSONL file or a JSON array of objects -> [(where, object)]: file:line or file[index]."""
     if path.endswith((".csv", ".tsv", ".gz", ".parquet")):
+        delimiter = "\\t" if path.endswith(".tsv") else ","
         raise InputError(f"{path}: expected JSONL or a JSON array; decompress .gz with gunzip; "
                          "convert CSV with python -c 'import csv, json, sys; [print(json.dumps(row)"
-                         ") for row in csv.DictReader(sys.stdin)]' < IN > OUT")
+                         f') for row in csv.DictReader(sys.stdin, delimiter="{delimiter}")]\''
+                         " < IN > OUT")
     rows, lines = [], read_lines(path)
     for n, line in enumerate(lines, 1):
         if not line.strip():
@@ -266,7 +277,7 @@ def text_of(where: str, row: dict, key: str, optional: bool = False) -> str:
     if not isinstance(value, str) or value.encode("utf-8", "ignore").decode() != value:
         found = json.dumps(value)[:40] if key in row else "missing"
         chat = {"conversations", "messages"} & row.keys()
-        hint = " (a chat record: convert each question and its answer)" if chat else ""
+        hint = " (a chat: convert it to records of an instruction and its output)" if chat else ""
         raise InputError(f"{where}: {key!r} is {found}, expected text; its keys: "
                          f"{json.dumps(list(row))[:200]}{hint}")
     if len(value) > MAX_TEXT:
@@ -316,7 +327,13 @@ class Tokenizer:
     def __init__(self, config: Config):
         folder, files, self.sp, self.fast = config.folder, config.files, None, None
         spec, settings = config.json("tokenizer.json"), config.json("tokenizer_config.json")
-        added = added_tokens(config, spec, settings)
+        try:
+            added, self.bos = added_tokens(config, spec, settings), []
+            if adds_bos(spec, settings):
+                self.bos = [config.bos_token_id]
+        except (AttributeError, IndexError, KeyError, TypeError) as error:
+            raise InputError(f"{folder}: tokenizer.json or tokenizer_config.json is malformed "
+                             f"({type(error).__name__}: {error})") from None
         if "tokenizer.model" in files:
             self.sp = sentencepiece.SentencePieceProcessor()
             try:
@@ -345,7 +362,6 @@ class Tokenizer:
         end = self.id_of(str(end.get("content") if isinstance(end, dict) else end))
         self.bos_id = config.bos_token_id
         self.eos_id = end if end in config.eos_ids else config.eos_ids[0]       # taught in training
-        self.bos = [self.bos_id] if adds_bos(spec, settings) else []
 
     def encode(self, texts: list) -> list:
         """Texts -> a list of ids each, without BOS and EOS."""
@@ -370,15 +386,10 @@ def added_tokens(config: Config, spec: dict, settings: dict) -> list:
     """The texts of the tokens that were added to a tokenizer and are not special. transformers
     finds them in a text before it does anything else."""
     special = json.dumps(config.json("special_tokens_map.json"))
-    try:
-        tokens = spec.get("added_tokens") or list(settings.get("added_tokens_decoder", {}).values())
-        for text in () if tokens else config.json("added_tokens.json"):         # the older form
-            tokens.append({"content": text, "special": json.dumps(text) in special})
-        return [str(token["content"]) for token in tokens if not token["special"]]
-    except (AttributeError, KeyError, TypeError) as error:
-        raise InputError(f"{config.folder}: the added tokens in tokenizer.json or "
-                         f"tokenizer_config.json are malformed ({type(error).__name__}: "
-                         f"{error})") from None
+    tokens = spec.get("added_tokens") or list(settings.get("added_tokens_decoder", {}).values())
+    for text in () if tokens else config.json("added_tokens.json"):         # the older form
+        tokens.append({"content": text, "special": json.dumps(text) in special})
+    return [str(token["content"]) for token in tokens if not token["special"]]
 
 
 def adds_bos(spec: dict, settings: dict) -> bool:

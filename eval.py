@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from tqdm import tqdm
 
 from data import (LANGUAGES, Tokenizer, chat_template, make_records, prompt_text, read_parallel,
-                  read_lines, read_rows, read_side, text_of)
+                  read_lang, read_lines, read_rows, read_side, text_of)
 from dft import choose_layers, lens
 from model import (DTYPES, Config, InputError, Packed, generate, load, pick_device, write_json)
 
@@ -154,7 +154,7 @@ def read_questions(path: str) -> list:
         side = read_side(where, row, "")
         if side is None:
             raise InputError(f"{where}: the question or the answer is blank, expected text")
-        lang = str(row.get("lang") or "en")
+        lang = read_lang(where, row) or "en"
         test = tests.setdefault(lang, Test("questions", lang, path, []))
         test.items.append(Item(prompt_text(*side[:2]), [], [side[2].strip()]))
     return [tests[lang] for lang in sorted(tests, key=lambda lang: (lang == "en", lang))]

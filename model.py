@@ -129,6 +129,8 @@ class Config:
             c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
             c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
             c["attn_scale"] = (c["query_pre_attn_scalar"] if gemma else c["head_dim"]) ** -0.5
+            if c["num_hidden_layers"] > 1000:
+                raise ValueError(f"num_hidden_layers is {c['num_hidden_layers']}, expected <= 1000")
             c["windows"] = (None,) * c["num_hidden_layers"]
             if gemma:           # by default every other layer has a window
                 kinds = c.get("layer_types") or (
@@ -138,11 +140,11 @@ class Config:
             eos = []
             for ids in (c["eos_token_id"], more):       # each an id, a list of them, or null
                 eos += ids if isinstance(ids, list) else [ids]
-            c["eos_ids"] = tuple(dict.fromkeys(i for i in eos if i is not None))
-            special = (c["bos_token_id"], *c["eos_ids"])
-            if not c["eos_ids"] or not all(i in range(c["vocab_size"]) for i in special):
-                raise ValueError(f"bos_token_id is {c['bos_token_id']}, eos_token_id is "
-                                 f"{c['eos_token_id']}; expected ids below vocab_size")
+            eos = [i for i in eos if i is not None]
+            if not eos or not all(i in range(c["vocab_size"]) for i in (c["bos_token_id"], *eos)):
+                raise ValueError(f"bos_token_id is {c['bos_token_id']}, eos_token_id (here and in "
+                                 f"generation_config.json) is {eos}; expected ids below vocab_size")
+            c["eos_ids"] = tuple(dict.fromkeys(eos))
             for name, kind in cls.__annotations__.items():
                 value = c[name]
                 number = kind in (int, float) and name != "bos_token_id"

@@ -70,8 +70,8 @@ def main(argv=None) -> None:
     config = Config.read(args.model)
     method = make_method(args, config)
     if args.max_length > config.max_position_embeddings:
-        raise InputError(f"--max_length is {args.max_length}, but {args.model} has "
-                         f"{config.max_position_embeddings} positions")
+        raise InputError(f"--max_length is {args.max_length}, expected at most the "
+                         f"{config.max_position_embeddings} positions of {args.model}")
     if args.dry_run:
         return print(plan(args, config, method))
     ranks = start(args)
@@ -662,6 +662,12 @@ DEMO = dict(model=os.path.join(HERE, "model"), data=os.path.join(HERE, "train.js
             test=os.path.join(HERE, "test.jsonl"), dtype="fp32", batch_size=32, lr=5e-4, epochs=3,
             english=1.0)
 
+# What other trainers call our options
+ELSEWHERE = {"--learning_rate": "--lr", "--num_train_epochs": "--epochs", "--output_dir": "--out",
+             "--per_device_train_batch_size": "--batch_size", "--max_steps": "--steps",
+             "--model_name_or_path": "--model", "--gradient_checkpointing":
+             "--activation_checkpointing", "--warmup_ratio": "--warmup"}
+
 
 def parse(argv=None) -> argparse.Namespace:
     """Parse and check the command line."""
@@ -736,8 +742,9 @@ def parse(argv=None) -> argparse.Namespace:
 
     known, unknown = parser.parse_known_args(argv)
     if unknown:
-        close = difflib.get_close_matches(unknown[0], parser._option_string_actions, 1)
-        hint = f"; did you mean {close[0]}?" if close else "; see --help"
+        names = {name: name for name in parser._option_string_actions} | ELSEWHERE
+        close = difflib.get_close_matches(unknown[0].split("=")[0], names, 1)
+        hint = f"; did you mean {names[close[0]]}?" if close else "; see --help"
         raise InputError(f"{unknown[0]}: no such option{hint}")
     if known.model is None:
         parser.set_defaults(**DEMO)

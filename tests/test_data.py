@@ -209,6 +209,17 @@ def test_the_end_token_is_the_tokenizers_own_if_the_model_ends_with_it(tmp_path,
     assert Tokenizer(config).eos_id == taught
 
 
+@pytest.mark.parametrize("name, text", [
+    ("tokenizer.json", '{"added_tokens": 7}'),
+    ("tokenizer.json", '{"post_processor": {"processors": 3}}'),
+    ("tokenizer.json", '{"post_processor": {"single": [1]}}'),
+    ("tokenizer_config.json", '{"added_tokens_decoder": []}')])
+def test_settings_of_a_tokenizer_that_are_malformed_are_refused(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(InputError, match="tokenizer.json or tokenizer_config.json is malformed"):
+        Tokenizer(write_folder(tmp_path, DEMO / "tokenizer.model"))
+
+
 @pytest.mark.parametrize("size, fits", [(3199, False), (3200, True), (4224, True), (4225, False)])
 def test_a_model_has_as_many_ids_as_its_tokenizer_or_a_few_more(tmp_path, size, fits):
     config = write_folder(tmp_path, DEMO / "tokenizer.model", vocab_size=size)
@@ -456,8 +467,10 @@ BAD_ROWS = {
     "an English list": (example(1, input_en=["a"]), r"'input_en' is \[\"a\"\], expected text"),
     "half a surrogate pair": (example(1, output="a\ud800b"), "'output' is .*ud800.*expected text"),
     "a book": (example(1, output="a" * 1000001), "'output' has 1,000,001 characters; expected at"),
-    "ShareGPT": ({"id": 1, "conversations": []}, "'instruction' is missing.*chat record"),
-    "messages": ({"messages": []}, "'instruction' is missing.*keys: ..messages.. .a chat record")}
+    "ShareGPT": ({"id": 1, "conversations": []}, "'instruction' is missing.*a chat: convert"),
+    "messages": ({"messages": []}, "'instruction' is missing.*keys: ..messages.. .a chat: convert"),
+    "a list as lang": (example(1, lang=["zh"]), r"'lang' is \[\"zh\"\], expected text"),
+    "an escape code": (example(1, lang="\x1b[31m"), r"'lang' is '\\x1b\[31m', expected a language")}
 
 
 @pytest.mark.parametrize("case", BAD_ROWS)

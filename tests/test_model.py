@@ -353,8 +353,10 @@ BAD_CONFIGS = {
     "yarn, older": (dict(rope_parameters=None, rope_scaling=dict(type="yarn")), "rope type 'yarn'"),
     "another activation": (dict(hidden_act="gelu"), "activation 'gelu'"),
     "no BOS": (dict(bos_token_id=None), "bos_token_id is None"),
-    "no EOS": (dict(eos_token_id=None), "eos_token_id is None"),
-    "EOS beyond the vocabulary": (dict(eos_token_id=[2, 97]), r"eos_token_id is \[2, 97\]"),
+    "no EOS": (dict(eos_token_id=None), r"eos_token_id .* is \[\]; expected ids"),
+    "a text as EOS": (dict(eos_token_id="</s>"), r"eos_token_id .* is \['</s>'\]; expected ids"),
+    "too many layers": (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
+    "EOS beyond the vocabulary": (dict(eos_token_id=[2, 97]), r"eos_token_id .* is \[2, 97\]"),
 }
 
 
