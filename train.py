@@ -52,7 +52,7 @@ from tqdm import tqdm
 
 from data import (Record, Tokenizer, batch_of, chat_template, english_records, fingerprint,
                   make_records, micro_batches, read_parallel, steps_per_epoch)
-from dft import CHUNK, DFT, TERMS, Method, choose_layers, lay_out
+from dft import DFT, TERMS, Method, choose_layers, lay_out
 from eval import compare, read_questions
 from model import (DTYPES, Config, InputError, Packed, Transformer, check_weights, load_weights,
                    pick_device, read_json, save, write_json)
@@ -319,8 +319,8 @@ def start(args) -> Ranks:
         keep_freed_memory()
     if "RANK" not in os.environ:
         if args.cpu_offload:
-            raise InputError("--cpu_offload needs torchrun (on one GPU: torchrun --nproc_per_node 1 "
-                             "train.py ...)")
+            raise InputError("--cpu_offload needs torchrun; on one GPU: torchrun --nproc_per_node "
+                             "1 train.py ...")
         return Ranks(torch.device(kind))
     device = torch.device(kind, int(os.environ["LOCAL_RANK"]) if kind == "cuda" else None)
     if kind == "cuda":
@@ -471,9 +471,10 @@ def report(args, result: str, ranks: Ranks) -> None:
                         DTYPES[args.dtype])
         say(f"\nExact match on {args.test}, and the share of answers in the language that was "
             f"asked:\n\n{table}")
+    data = args.test or args.data
     say(f"\nThe model is in {result}. Next, ask it something, or look at its layers:\n"
         f"  python eval.py --model {result} --prompt 'a question'\n"
-        f"  python eval.py --model {args.model} {result} --task lens --data {args.test or args.data}")
+        f"  python eval.py --model {args.model} {result} --task lens --data {data}")
 
 
 # ------------------------------------------------------------- supporting code: the folder of a run
@@ -622,36 +623,26 @@ def plan(args, config: Config, method: Method) -> str:
     with torch.device("meta"):
         model = Transformer(config)
     freeze(model, args)
-    sizes = {name: p.numel() for name, p in model.named_parameters()}
-    n, L, D = sum(sizes.values()), config.num_hidden_layers, config.hidden_size
-    layer = sum(size for name, size in sizes.items() if name.startswith("layers.0."))
+    n = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    i = method.lc_layer or max(1, round(L * 2 / 32))
-    j = method.et_layer or max(1, round(L * 15 / 32))
     records, _, counts = read_records(args, method, Tokenizer(config))
-    batch = lay_out(records, dataclasses.replace(method, lc_layer=i, et_layer=j), L)
+    tokens = lay_out(records, method, config.num_hidden_layers).tokens / len(records)
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
 
-    # A weight costs 6 FLOPs per token that passes it, 2 in the English pass, which has no gradient.
-    layer_tokens = sum(batch.packed.depth) + sum(batch.english.depth) / 3
-    flops = 6 * (layer * layer_tokens + D * config.vocab_size * sum(batch.counts.values()))
-    flops *= steps * min(args.batch_size, len(records)) / len(records)
-
-    # Per GPU: weight, gradient and two moments in fp32; copies of the weights in use; 34 bytes per
-    # token, layer and hidden unit (Korthikanti et al. 2022), 2 if recomputed; a chunk of logits.
+    # 6 FLOPs for each weight and token (Kaplan et al. 2020), as if all tokens passed all layers.
+    flops = 6 * n * tokens * steps * min(args.batch_size, len(records))
+    # Weight, gradient and two moments in fp32; one GPU also keeps the weights in the compute dtype.
     low = DTYPES[args.dtype].itemsize
     states = 0 if args.cpu_offload else (4 * n + 12 * trained) / args.world_size
-    copies = low * (n if args.world_size == 1 else n - (L - 2) * layer)
-    per_layer = 2 if args.activation_checkpointing else 34
-    need = states + copies + args.micro_batch_tokens * per_layer * D * L + 10 * CHUNK["cuda"]
-    return (f"model     {args.model}: {n:,} parameters, {L} layers; i = {i}, j = {j}\n"
-            f"data      {counts}; {batch.tokens / len(records):.0f} tokens per record\n"
-            f"time      {steps:,} steps, {flops:.2e} FLOPs: {flops / 0.4 / 989e12 / 3600:.2f} GPU "
-            "hours at 40 % of the peak of an H100 (989 TFLOP/s), which is an assumption\n"
+    states += low * n if args.world_size == 1 else 0
+    return (f"model     {args.model}: {n:,} parameters, {trained:,} of them trained\n"
+            f"data      {counts}; {tokens:.0f} tokens per record\n"
+            f"time      {steps:,} steps, at most {flops:.2e} FLOPs: {flops / 0.4 / 989e12 / 3600:.2f}"
+            " GPU hours at 40 % of the peak of an H100 (989 TFLOP/s), which is an assumption\n"
             f"disk      {12e-9 * trained * (args.keep + 1):,.1f} GB of checkpoints, "
             f"{low * n / 1e9:,.1f} GB for the model\n"
-            f"memory    {need / 1e9:,.1f} GB on each of {args.world_size} GPUs, "
-            f"{states / 1e9:,.1f} of them weights, gradients and moments")
+            f"memory    {states / 1e9:,.1f} GB on each of {args.world_size} GPUs for weights, "
+            "gradients and moments, and as much as the activations of --micro_batch_tokens take")
 
 
 # -------------------------------------------------------------------- supporting code: command line
