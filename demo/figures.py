@@ -9,13 +9,14 @@ A lens picture has a row for each model, with the same axes in all rows: the ent
 next-token distribution that the head reads after each layer; the same for every token of one query;
 and the probability of the English and of the target-language answer. Dotted lines mark layers i and
 j: those given by --layers, else those that the lens of the first model suggests. A picture of the
-study has a bar for each method: exact match, the mean of three languages over the seeds, and a dot
-for each seed. Needs matplotlib.
+study has a bar for each method: exact match, the mean of three languages over the seeds, with its
+95 % interval and a dot for each seed; blue: without English records. Needs matplotlib.
 """
 import argparse
 import csv
 import json
 import os
+import statistics
 import sys
 
 # Two colours and line styles that can be told apart without colour vision, and in print.
@@ -23,6 +24,8 @@ TARGET = dict(color="#D55E00", marker="o", linestyle="-", markersize=4)
 ENGLISH = dict(color="#0072B2", marker="x", linestyle="--", markersize=5)
 LINES = ["-", "--", ":", "-."]
 COLORS = ["#000000", "#D55E00", "#0072B2", "#009E73", "#CC79A7", "#E69F00"]
+# Student's t: the 97.5 % quantile for n - 1 degrees of freedom
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
 NAMES = {"zh": "Chinese", "vi": "Vietnamese", "ar": "Arabic"}
 
 
@@ -131,7 +134,11 @@ def draw_study(pyplot, rows: list):
                       if (row["pretrained"], row["method"]) == (model, method)]
             if values:
                 color = ENGLISH["color"] if "english 0" in method else TARGET["color"]
-                axes.barh(n, sum(values) / len(values), color=color, alpha=0.6)
+                mean = statistics.fmean(values)
+                axes.barh(n, mean, color=color, alpha=0.6)
+                if len(values) > 1:
+                    half = T[len(values)] * statistics.stdev(values) / len(values) ** 0.5
+                    axes.errorbar(mean, n, xerr=half, color="0.4", capsize=3)
                 axes.plot(values, [n] * len(values), "k.", markersize=5)
         axes.set_yticks(range(len(methods)), methods)
         axes.set(title=f"pretrained model: {model}", xlabel="exact match, mean of zh, vi, ar (%)")
@@ -143,8 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE",
-                        help="one lens.json, the metrics.jsonl of one or several runs, or study.csv; "
-                        "and then the picture to write, NAME.png (without it, named like the last)")
+                        help="one lens.json, the metrics.jsonl of one or several runs, or study.csv;"
+                        " and then the picture to write, NAME.png (without it, named like the last)")
     parser.add_argument("--layers", nargs=2, type=int, metavar=("I", "J"),
                         help="the layers i and j that were trained, to be marked")
     args = parser.parse_args()
