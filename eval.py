@@ -428,8 +428,9 @@ def parse(argv=None):
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         raise InputError("--limit and --max_new_tokens: expected at least 1")
     for path in (args.out, args.items):                     # not after hours of computing
-        if path is not None and (os.path.isdir(path) or path == "" or args.out == args.items or
-                                 not os.access(os.path.dirname(path) or ".", os.W_OK)):
+        if path is not None and (os.path.exists(path) and not os.path.isfile(path) or path == ""
+                                 or args.out == args.items
+                                 or not os.access(os.path.dirname(path) or ".", os.W_OK)):
             raise InputError(f"{path!r}: expected a file of its own in a writable folder")
     return args
 

@@ -212,6 +212,7 @@ TASK = "expected lens or xnli, .* with --data FILE"
     (["--data", "x", "--out", "no/such/folder/x"], "'no/such/folder/x': expected a file"),
     (["--data", "x", "--out", ""], "'': expected a file of its own"),
     (["--data", "x", "--out", "y", "--items", "y"], "'y': expected a file of its own"),
+    (["--data", "x", "--out", "/dev/null"], "expected a file of its own in a writable folder"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
 ])
 def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):
