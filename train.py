@@ -59,9 +59,8 @@ from model import (DTYPES, Config, InputError, Packed, Transformer, check_weight
 
 SIGNALS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
            "dft-feature": ("feature", "feature"), "qalign": ("none", "none")}   # method: (lc, et)
-
-
 MAX_BAD_STEPS = 10      # in a row, with a loss or gradient that is not finite: the run ends
+
 
 # ------------------------------------------------------------------------------------------ one run
 
