@@ -52,8 +52,11 @@ METHODS = {
     "dft-logits --english 0": (["--english", "0"], 3),
     "--lc none --english 0": (["--lc", "none", "--english", "0"], 3),
 }
-# Students's t: the 97.5 % quantile for n - 1 degrees of freedom
-T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776}
+PAIRS = [("dft-logits", "tft"), ("--lc none", "tft"), ("--lc none", "dft-logits"),
+         ("--et_layer 4", "dft-logits"), ("--et_layer 5", "dft-logits"),
+         ("--lc none --et_layer 5", "--lc none")]
+# Student's t: the 97.5 % quantile for n - 1 degrees of freedom
+T = {2: 12.706, 3: 4.303, 4: 3.182, 5: 2.776, 6: 2.571, 7: 2.447, 8: 2.365}
 
 
 def call(program: str, *arguments) -> None:
@@ -232,6 +235,15 @@ def tables(lines: list) -> None:
                      means["mean"] + spread, difference, means["en"], means["wrong_language"],
                      f"{statistics.fmean(values['p_english']):.2f}"]
             print("|", " | ".join(map(str, cells)), "|")
+    print("\nDifference of two methods in the mean, 95 %, over all pretrained models and seeds:\n")
+    means = {(line["pretrained"], line["method"], line["seed"]): float(line["mean"])
+             for line in lines}
+    for method, base in PAIRS:
+        paired = [mean - means[pretrained, base, seed]
+                  for (pretrained, name, seed), mean in means.items()
+                  if name == method and (pretrained, base, seed) in means]
+        if paired:
+            print(f"- {method} minus {base}: {interval(paired)} ({len(paired)} pairs)")
 
 
 def main() -> None:
