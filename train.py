@@ -99,12 +99,16 @@ def main(argv=None) -> None:
     if stored and os.path.exists(os.path.join(result, "config.json")):
         say("finished  this run is already complete; use a new --out to train again")
         return report(args, result, ranks)
+    if os.path.exists(result) or os.path.isfile(result + ".partial"):
+        raise InputError(f"{result} or {result}.partial is in the way of the result; remove it")
 
     model = build(config, method, args, ranks)
     optimizer = make_optimizer(model, args)
     i, j = method.lc_layer, method.et_layer
     if stored:
         i, j = stored["lc_layer"], stored["et_layer"]
+        if not {i, j} <= set(range(config.num_hidden_layers + 1)):
+            raise InputError(f"{path}: lc_layer is {i!r}, et_layer is {j!r}; expected layers")
     elif method.signals() and not (i and j):
         auto_i, auto_j, why = read_layers(model, records)
         j = j or max(auto_j, i)
@@ -505,7 +509,7 @@ def open_folder(args, ranks: Ranks):
         except BlockingIOError:
             raise InputError(f"--out {out}: another process trains in it; give another") from None
         except OSError as error:
-            raise InputError(f"--out {out}: {error.strerror}; expected a folder") from None
+            raise InputError(f"--out {out}: {error.filename}: {error.strerror}") from None
     return ranks.first(lambda: out), metrics
 
 
@@ -598,10 +602,10 @@ def read_state(folder: str) -> dict | None:
     """The state.json of a checkpoint, None if the files are not those that were saved."""
     try:
         state = read_json(os.path.join(folder, "state.json"))
-        types = [type(state[key]) for key in ("step", "updates", "settings")]
-        intact = types == [int, int, dict] and state["files"] == digests(folder)
+        intact = (0 <= state["updates"] <= state["step"] == int(folder.rsplit("-", 1)[1])
+                  and isinstance(state["settings"], dict) and state["files"] == digests(folder))
         return state if intact else None
-    except (InputError, OSError, KeyError, TypeError):
+    except (InputError, OSError, KeyError, TypeError, ValueError):
         return None
 
 

@@ -285,11 +285,13 @@ def damage(folder, kind):
         state.write_bytes(state.read_bytes()[:-9])
     elif kind == "an edited state.json":
         edit(state, '"step": 8', '"step": "8"')
+    elif kind == "another step":
+        edit(state, '"step": 8', '"step": 7')
 
 
 @pytest.mark.parametrize("kind", ["a flipped bit", "a lost file", "a file too many",
                                   "an unreadable file", "a torn state.json",
-                                  "an edited state.json"])
+                                  "an edited state.json", "another step"])
 def test_a_damaged_checkpoint_is_skipped_for_the_one_before(kind, straight, demo_data, tmp_path,
                                                             capsys):
     out = tmp_path / "run"
@@ -309,6 +311,24 @@ def test_a_run_with_only_damaged_checkpoints_is_refused_and_kept(straight, demo_
     with pytest.raises(InputError, match="none of its checkpoints is intact; remove .*checkpoints"):
         train.main(command(out, demo_data, *EIGHT))
     assert files(out / "checkpoints") == before and len(metrics(out)) == 8
+
+
+def test_layers_in_edited_settings_are_checked(straight, demo_data, tmp_path):
+    out = rewind(straight, tmp_path / "run")
+    edit(out / "settings.json", '"et_layer": 3', '"et_layer": null')
+    args = [word for word in command(out, demo_data, *EIGHT) if word not in ("--et_layer", "3")]
+    with pytest.raises(InputError, match="settings.json: lc_layer is 1, et_layer is None; expected"):
+        train.main(args)
+
+
+@pytest.mark.parametrize("name", ["model", "model.partial"])
+def test_what_is_in_the_way_of_the_result_is_told_before_the_first_step(straight, demo_data,
+                                                                        tmp_path, name):
+    out = rewind(straight, tmp_path / "run")
+    (out / name).write_text("notes")
+    with pytest.raises(InputError, match="run/model.partial is in the way of the result; remove it"):
+        train.main(command(out, demo_data, *EIGHT))
+    assert (out / name).read_text() == "notes" and len(metrics(out)) == 8
 
 
 # -------------------------------------------------------------------------- numbers, disk, memory
