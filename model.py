@@ -537,11 +537,11 @@ def generate(model: Transformer, prompts: list, max_new_tokens: int, last=()) ->
     position = torch.tensor(lengths, device=device)[:, None]                # (R, 1)
     out, unfinished = [[] for _ in prompts], set(range(len(prompts)))
     for count in range(max_new_tokens):
-        if count and unfinished:                    # finished rows stay in the batch, unread
-            logits = [next_logits(model, ids[:, None], position, cache)]
-            position = (position + 1).clamp(max=size - 1)
         if not unfinished:
             break
+        if count:                                   # finished rows stay in the batch, unread
+            logits = [next_logits(model, ids[:, None], position, cache)]
+            position = (position + 1).clamp(max=size - 1)
         ids = torch.cat(logits).argmax(-1)                                  # (R,)
         for r, i in enumerate(ids.tolist()):
             if r in unfinished and i not in c.eos_ids:
