@@ -326,7 +326,7 @@ class Tokenizer:
 
     def __init__(self, config: Config):
         folder, files, self.sp, self.fast = config.folder, config.files, None, None
-        spec, settings = config.json("tokenizer.json"), config.json("tokenizer_config.json")
+        spec, settings = config.json_of("tokenizer.json"), config.json_of("tokenizer_config.json")
         try:
             added, self.bos = added_tokens(config, spec, settings), []
             if adds_bos(spec, settings):
@@ -385,9 +385,9 @@ class Tokenizer:
 def added_tokens(config: Config, spec: dict, settings: dict) -> list:
     """The texts of the tokens that were added to a tokenizer and are not special. transformers
     finds them in a text before it does anything else."""
-    special = json.dumps(config.json("special_tokens_map.json"))
+    special = json.dumps(config.json_of("special_tokens_map.json"))
     tokens = spec.get("added_tokens") or list(settings.get("added_tokens_decoder", {}).values())
-    for text in () if tokens else config.json("added_tokens.json"):         # the older form
+    for text in () if tokens else config.json_of("added_tokens.json"):         # the older form
         tokens.append({"content": text, "special": json.dumps(text) in special})
     return [str(token["content"]) for token in tokens if not token["special"]]
 

@@ -157,7 +157,7 @@ class Config:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
             raise InputError(f"{path}: {what}") from None
 
-    def json(self, name: str) -> dict:
+    def json_of(self, name: str) -> dict:
         """The object in one of the folder's JSON files; empty without the file."""
         return parse_json(self.files.get(name, b"{}"), f"{self.folder}/{name}")
 
@@ -675,7 +675,7 @@ def save(model: Transformer, folder: str, dtype=None, chat_template: str | None 
         if file in c.files:
             (partial / file).write_bytes(c.files[file])
     if chat_template:       # transformers 5 reads the .jinja file, 4 reads tokenizer_config.json
-        tokenizer_config = c.json("tokenizer_config.json")
+        tokenizer_config = c.json_of("tokenizer_config.json")
         if "tokenizer.json" not in c.files:
             # else transformers 5 gives text after BOS no leading space, unlike text without BOS
             tokenizer_config["legacy"] = True
