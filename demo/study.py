@@ -160,6 +160,31 @@ def answer_loss(folder: str, data: str, side: str) -> float:
     return total / count
 
 
+def real_row(args, method: str, out: str, fit: str, held: str) -> dict:
+    """Train the model --real on `fit` with a method ("before": not at all), and score it."""
+    result, i, j = args.real, "", ""
+    os.makedirs(out, exist_ok=True)
+    if method != "before":
+        result = train(out, args.real, [*REAL, *METHODS[method][0]], 0, fit)
+        with open(os.path.join(out, "settings.json"), encoding="utf-8") as file:
+            settings = json.load(file)
+        i, j = settings["lc_layer"], settings["et_layer"]
+    row = {"method": method, "records": args.records, "i": i, "j": j,
+           "loss": round(answer_loss(result, held, "target"), 4),
+           "loss_en": round(answer_loss(result, held, "english"), 4)}
+    if args.tests:
+        path = os.path.join(out, "tests.json")
+        call("eval.py", "--model", result, "--task", *args.tests, "--limit", args.limit,
+             "--out", path)
+        with open(path, encoding="utf-8") as file:
+            found = json.load(file)
+        for test in found if isinstance(found, list) else [found]:
+            for metric, value in test["scores"].items():
+                row[f"{test['task']}.{test['lang']} {metric}"] = (
+                    f"{100 * value['mean']:.1f} ± {100 * value['stderr']:.1f}")
+    return row
+
+
 def real(args) -> None:
     """Train and score the model --real; one line of Markdown and of --csv for each run."""
     with open(args.data, encoding="utf-8") as file:
@@ -171,32 +196,17 @@ def real(args) -> None:
             file.writelines(chosen)
     rows = []
     for method in ["before", *args.methods]:
-        out, result, layers = os.path.join(args.out, "before"), args.real, ("", "")
-        os.makedirs(out, exist_ok=True)
-        if method != "before":
-            out = os.path.join(args.out, re.sub("[^a-z0-9.]+", "-", method).strip("-"))
-            result = train(out, args.real, [*REAL, *METHODS[method][0]], 0, fit)
-            with open(os.path.join(out, "settings.json"), encoding="utf-8") as file:
-                settings = json.load(file)
-            layers = settings["lc_layer"], settings["et_layer"]
-        row = {"method": method, "records": args.records, "i": layers[0], "j": layers[1],
-               "loss": round(answer_loss(result, held, "target"), 4),
-               "loss_en": round(answer_loss(result, held, "english"), 4)}
-        if args.tests:
-            path = os.path.join(out, "tests.json")
-            if not os.path.exists(path):
-                call("eval.py", "--model", result, "--task", *args.tests, "--limit", args.limit,
-                     "--out", path)
-            with open(path, encoding="utf-8") as file:
-                found = json.load(file)
-            for test in found if isinstance(found, list) else [found]:
-                for metric, value in test["scores"].items():
-                    row[f"{test['task']}.{test['lang']} {metric}"] = (
-                        f"{100 * value['mean']:.1f} ± {100 * value['stderr']:.1f}")
-        if not rows:
-            print("|", " | ".join(row), "|\n" + "| --- " * len(row) + "|")
-        print("|", " | ".join(map(str, row.values())), "|", flush=True)
-        rows.append(row)
+        out = os.path.join(args.out, re.sub("[^a-z0-9.]+", "-", method).strip("-"))
+        path = os.path.join(out, "row.json")
+        if not os.path.exists(path):
+            row = real_row(args, method, out, fit, held)
+            with open(path, "w", encoding="utf-8") as file:
+                json.dump(row, file)
+        with open(path, encoding="utf-8") as file:
+            rows.append(json.load(file))
+        if len(rows) == 1:
+            print("|", " | ".join(rows[0]), "|\n" + "| --- " * len(rows[0]) + "|")
+        print("|", " | ".join(map(str, rows[-1].values())), "|", flush=True)
     with open(args.csv, "w", newline="", encoding="utf-8") as file:
         writer = csv.DictWriter(file, rows[0])
         writer.writeheader()
