@@ -121,8 +121,8 @@ def make_records(rows: list, tokenizer: "Tokenizer", side: str, max_length: int,
     if not records:
         raise InputError(f"{rows[0][0]} and after: nothing to train on: {counts}")
     if side == "both" and not counts["with an English side"]:
-        raise InputError(f"{rows[0][0]} and after: no row has an English side (instruction_en and "
-                         "output_en); give --data_en FILE, or use --method tft")
+        raise InputError(f"{rows[0][0]} and after: no row has an English side: instruction_en and "
+                         "output_en, or instruction and output in --data_en; or use --method tft")
     return records, counts
 
 
@@ -293,6 +293,9 @@ def read_parallel(path: str, path_en: str | None = None) -> list:
     if path_en is None:
         return rows
     rows_en, index, joined = read_rows(path_en), {}, []
+    for where, row in rows + rows_en:
+        if not isinstance(row.get("id"), (int, str, type(None))) or isinstance(row.get("id"), bool):
+            raise InputError(f"{where}: id {row['id']!r}: expected a whole number or a text")
     without = [where for where, row in rows + rows_en if row.get("id") is None]
     if without and not len(without) == 2 * len(rows) == 2 * len(rows_en):
         raise InputError(f"{without[0]}: no id; expected ids in all rows of {path} ({len(rows)}) "
@@ -302,12 +305,18 @@ def read_parallel(path: str, path_en: str | None = None) -> list:
         if key in index:
             raise InputError(f"{where}: id {key!r} occurs twice, first at {index[key][0]}")
         index[key] = where, row
+    how = "by position"
+    if not without:
+        unused = len(index.keys() - {str(row["id"]) for _, row in rows})
+        how = f"by id, {unused:,} English rows not used" if unused else "by id"
     for n, (where, row) in enumerate(rows):
         key = n if without else str(row["id"])
         if key not in index:
             raise InputError(f"{where}: no row of {path_en} has its id, {key!r}")
         where_en, row_en = index[key]
-        row = {**row, "joined": "by position" if without else "by id"}
+        if any(row.get(f"{name}_en") for name in KEYS):
+            raise InputError(f"{where}: has an English side of its own; leave out --data_en")
+        row = {**row, "joined": how}
         for name in KEYS:
             row[f"{name}_en"] = text_of(where_en, row_en, name, optional=True)
         joined.append((where, row))
@@ -396,7 +405,10 @@ def adds_bos(spec: dict, settings: dict) -> bool:
     """Whether BOS comes before a text: as in transformers 5, the post_processor of tokenizer.json
     decides, without that file add_bos_token in tokenizer_config.json."""
     if not spec:
-        return settings.get("add_bos_token", True)
+        adds = settings.get("add_bos_token", True)
+        if not isinstance(adds, bool):
+            raise TypeError(f"add_bos_token is {adds!r}, expected true or false")
+        return adds
     post = spec.get("post_processor") or {}
     templates = [step.get("single") for step in post.get("processors", [post])]
     return any(template and "SpecialToken" in template[0] for template in templates)

@@ -25,7 +25,6 @@ import unicodedata
 import warnings
 from collections import Counter
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -89,6 +88,9 @@ def log_likelihoods(subject: Subject, items: list) -> list:
             ids, *both = subject.tokenizer.encode(texts)
             choices = [joint[len(ids):] for joint in both]
             longest = max(map(len, choices)) - 1            # its last id is predicted, not read
+            if longest >= positions:
+                raise InputError(f"a choice has {longest + 1} tokens; this model has {positions} "
+                                 f"positions: {item.choices[0][:60]!r}")
             prompt = packed.add(subject.encode(context, max(1, positions - longest)), L)
             for choice in choices:                          # each is a branch of this row
                 continued = packed.add(choice[:-1], L, after=prompt)
@@ -176,7 +178,7 @@ def read_test(task: str, lang: str, path: str) -> Test:
     if len(rows) != test.published_items:
         test.warnings.append(f"{path}: {len(rows):,} items; published: {test.published_items:,}")
     for warning in test.warnings:
-        print("warning:", warning, flush=True)
+        print("warning:", warning, file=sys.stderr)
     return test
 
 
@@ -201,7 +203,11 @@ def read_benchmark(path: str) -> list:
 
 def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
     """A row of a file -> its prompt, choices and right answer; an error if it does not fit."""
-    text = partial(text_of, where, row)
+    def text(key):
+        if not text_of(where, row, key).strip():
+            raise ValueError(f"{key!r} is blank")
+        return row[key]
+
     if task == "xnli":
         ask, *words = XNLI[lang]
         choices = [f" {text('premise')}, {ask}? {word}, {text('hypothesis')}" for word in words]
@@ -211,14 +217,14 @@ def make_item(task: str, lang: str, row: dict, where: str = "row") -> Item:
         context = f"{text('premise').strip()[:-1]} {meaning(row, 'question', XCOPA[lang])}"
         return Item(context, choices, meaning(row, "label", {"0": 0, "1": 1}))
     question, choices = text("question"), []
-    if not question.strip():
-        raise ValueError("the question is blank")
     if task == "truthfulqa":    # gold: how many choices are mc1's (first: right), mc2's labels
         for key in ("mc1_targets", "mc2_targets"):
             part = row.get(key) or {name: row[f"{key}_{name}"] for name in ("choices", "labels")}
             texts, labels = list_of_texts(part["choices"]), part["labels"]
             if len(texts) != len(labels) or not {1} <= set(labels) <= {0, 1}:
                 raise ValueError(f"{key}: expected a label for each choice: 0, or 1 if it is right")
+            if key == "mc1_targets" and labels != [1] + [0] * (len(labels) - 1):
+                raise ValueError(f"{key}: expected the first choice to be the only right one")
             choices += [f" {choice}" for choice in texts]
         if lang != "en":
             question = re.sub(r"\[.*?\]", "", question.strip().replace(" [title]", ". "))
@@ -427,11 +433,23 @@ def parse(argv=None):
         raise InputError("--data_en is for --task lens only, --items for the other tasks only")
     if args.limit is not None and args.limit < 1 or args.max_new_tokens < 1:
         raise InputError("--limit and --max_new_tokens: expected at least 1")
-    for path in (args.out, args.items):                     # not after hours of computing
-        if path is not None and (os.path.exists(path) and not os.path.isfile(path) or path == ""
-                                 or args.out == args.items
-                                 or not os.access(os.path.dirname(path) or ".", os.W_OK)):
-            raise InputError(f"{path!r}: expected a file of its own in a writable folder")
+    if args.prompt is not None and not args.prompt.strip():
+        raise InputError("--prompt is blank")
+    # What will be written is checked now, not after hours of computing.
+    files = [args.data, args.data_en, *(spec.partition("=")[2] for spec in args.task)]
+    taken = {os.path.realpath(path) for path in files if path}
+    folders = {os.path.realpath(folder) for folder in args.model}
+    for path in (args.out, args.items):
+        if path is None:
+            continue
+        whole = os.path.realpath(path)
+        folder = os.path.dirname(whole)
+        writable = os.access(path if os.path.isfile(path) else folder, os.W_OK)
+        if path == "" or whole in taken or folder in folders or not writable or (
+                os.path.exists(path) and not os.path.isfile(path)):
+            raise InputError(f"{path!r}: expected a file of its own in a writable folder, and not "
+                             "a model's folder")
+        taken.add(whole)
     return args
 
 
@@ -442,7 +460,8 @@ def read_tests(args) -> list:
     for spec in args.task:
         name, _, path = spec.partition("=")
         task, _, lang = name.partition(".")
-        if task not in TASKS or bool(path) == bool(args.data) or args.data and len(args.task) > 1:
+        if task not in TASKS or bool(path) == bool(args.data) or lang and args.lang or (
+                args.data and len(args.task) > 1):
             raise InputError(f"--task {spec}: expected lens or {', '.join(TASKS)} with --data FILE "
                              "and --lang; or several benchmarks, each written TASK.LANG=FILE")
         tests.append(read_test(task, lang or args.lang or "en", path or args.data))
@@ -469,13 +488,15 @@ def main(argv=None) -> None:
     if args.data or args.task:
         tests, folders = read_tests(args), {folder: folder for folder in args.model}
         results, lines, table = evaluate(folders, tests, args.limit, *settings)
-        print(table)
         if args.items:
             with open(args.items, "w", encoding="utf-8") as file:
                 file.writelines(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
         if args.out:
             write_json(results if len(results) > 1 else results[0], args.out)
-        return
+        for test in tests:                  # what casts doubt on a number stands above it
+            for warning in test.warnings:
+                print("warning:", warning)
+        return print(table)
     subject = Subject(args.model[0], *settings)
     if args.prompt is None:
         print(f"One prompt a line; ^D ends. Alpaca template: {subject.alpaca}", file=sys.stderr)
@@ -491,6 +512,7 @@ if __name__ == "__main__":
     try:
         # A closed stream (>&-) is None. What is not UTF-8 is read and printed as an escape.
         sys.stdin, sys.stdout = sys.stdin or open(os.devnull), sys.stdout or open(os.devnull, "w")
+        sys.stderr = sys.stderr or open(os.devnull, "w")
         for stream in (sys.stdin, sys.stdout):
             stream.reconfigure(errors="backslashreplace")
         main()

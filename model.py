@@ -111,9 +111,13 @@ class Config:
         generation = files.get("generation_config.json", b"{}")
         more = parse_json(generation, f"{folder}/generation_config.json").get("eos_token_id")
         try:
+            checked = {**cls.__annotations__, "query_pre_attn_scalar": float, "sliding_window": int}
+            for name, kind in checked.items():
+                check_number(name, c.get(name), kind)
             # transformers 4 writes rope_theta and rope_scaling, transformers 5 rope_parameters
             rope = {**(c["rope_scaling"] or {}), **(c.get("rope_parameters") or {})}
-            rope_type = rope.setdefault("rope_type", rope.get("type", "default"))
+            given = "unknown" if rope.keys() - {"rope_theta"} else "default"
+            rope_type = rope.setdefault("rope_type", rope.get("type", given))
             activation = c.get("hidden_activation") or c.get("hidden_act")
             refused = [f"{key}={c[key]!r}" for key in REFUSED if c.get(key)]
             if rope_type not in ("default", "llama3"):
@@ -124,10 +128,14 @@ class Config:
                 raise ValueError(f"asks for {', '.join(refused)}; not implemented here")
             c["rope_theta"] = rope.pop("rope_theta", c["rope_theta"])
             c["rope_scaling"] = rope if rope_type == "llama3" else None
-            if rope_type == "llama3" and not LLAMA3_ROPE <= rope.keys():
-                raise KeyError(f"{LLAMA3_ROPE - rope.keys()} of the rope type llama3")
+            for name in LLAMA3_ROPE if rope_type == "llama3" else ():
+                check_number(name, rope[name], float)
             c["num_key_value_heads"] = c["num_key_value_heads"] or c["num_attention_heads"]
             c["head_dim"] = c["head_dim"] or c["hidden_size"] // c["num_attention_heads"]
+            if c["num_attention_heads"] % c["num_key_value_heads"] or c["head_dim"] % 2:
+                raise ValueError(f"{c['num_attention_heads']} heads, {c['num_key_value_heads']} "
+                                 f"key/value heads of size {c['head_dim']}: expected a multiple, "
+                                 "and an even size")
             c["attn_scale"] = (c["query_pre_attn_scalar"] if gemma else c["head_dim"]) ** -0.5
             if c["num_hidden_layers"] > 1000:
                 raise ValueError(f"num_hidden_layers is {c['num_hidden_layers']}, expected <= 1000")
@@ -135,23 +143,20 @@ class Config:
             if gemma:           # by default every other layer has a window
                 kinds = c.get("layer_types") or (
                     ["sliding_attention", "full_attention"] * c["num_hidden_layers"])
-                c["windows"] = tuple(c["sliding_window"] if kind == "sliding_attention" else None
-                                     for kind in kinds[:c["num_hidden_layers"]])
+                windows = {"sliding_attention": c["sliding_window"], "full_attention": None}
+                if not set(kinds) <= windows.keys() or len(kinds) < c["num_hidden_layers"]:
+                    raise ValueError(f"layer_types is {kinds!r}, expected {' or '.join(windows)} "
+                                     "for each layer")
+                c["windows"] = tuple(windows[kinds[k]] for k in range(c["num_hidden_layers"]))
             eos = []
             for ids in (c["eos_token_id"], more):       # each an id, a list of them, or null
                 eos += ids if isinstance(ids, list) else [ids]
             eos = [i for i in eos if i is not None]
-            if not eos or not all(i in range(c["vocab_size"]) for i in (c["bos_token_id"], *eos)):
+            ids = [i for i in (c["bos_token_id"], *eos) if type(i) is int]
+            if not eos or len(ids) <= len(eos) or not 0 <= min(ids) <= max(ids) < c["vocab_size"]:
                 raise ValueError(f"bos_token_id is {c['bos_token_id']}, eos_token_id (here and in "
                                  f"generation_config.json) is {eos}; expected ids below vocab_size")
             c["eos_ids"] = tuple(dict.fromkeys(eos))
-            for name, kind in cls.__annotations__.items():
-                value = c[name]
-                number = kind in (int, float) and name != "bos_token_id"
-                if number and not (type(value) in (int, kind) and value > 0):
-                    raise ValueError(f"{name} is {value!r}, expected a positive {kind.__name__}")
-                if kind is bool and type(value) is not bool:
-                    raise ValueError(f"{name} is {value!r}, expected true or false")
             return cls(**{name: c[name] for name in cls.__annotations__})
         except (KeyError, TypeError, ValueError, ArithmeticError, AttributeError) as error:
             what = f"{error} is missing" if isinstance(error, KeyError) else error
@@ -160,6 +165,19 @@ class Config:
     def json_of(self, name: str) -> dict:
         """The object in one of the folder's JSON files; empty without the file."""
         return parse_json(self.files.get(name, b"{}"), f"{self.folder}/{name}")
+
+
+def check_number(name: str, value, kind) -> None:
+    """ValueError if a value of config.json is not of its kind, or too large for a computer."""
+    if value is None or name == "bos_token_id":         # these are checked elsewhere
+        return
+    if kind is bool and type(value) is not bool:
+        raise ValueError(f"{name} is {value!r}, expected true or false")
+    if kind in (int, float, float | None):
+        types = (int,) if kind is int else (int, float)
+        if type(value) not in types or not 0 < value <= 10 ** 8:
+            raise ValueError(f"{name} is {value!r}, expected a positive number"
+                             f"{' without a fraction' * (kind is int)}")
 
 
 # --------------------------------------------------------------------- the tokens of a forward pass
@@ -605,6 +623,16 @@ def load_weights(model: Transformer, folder: str, group=None) -> None:
     tensors = {hf_name(name): p.detach() for name, p in model.named_parameters()}
     dcp.load(tensors, storage_reader=dcp.HuggingFaceStorageReader(folder), process_group=group,
              no_dist=group is None)
+    check_finite(model, folder)
+
+
+def check_finite(model: Transformer, folder: str) -> None:
+    """InputError if a weight is inf or NaN; all ranks call it."""
+    for name, p in model.named_parameters():
+        total = p.detach().sum()
+        total = total.full_tensor() if isinstance(total, DTensor) else total
+        if not total.isfinite():
+            raise InputError(f"{folder}: {name} has numbers that are inf or NaN")
 
 
 def check_weights(model: Transformer, folder: str) -> None:
@@ -619,6 +647,8 @@ def check_weights(model: Transformer, folder: str) -> None:
                 raise ValueError("not a regular file")
             with safe_open(path, framework="pt") as tensors:
                 for name in tensors.keys():
+                    if name in found:
+                        raise ValueError(f"{name} is in another file as well")
                     found[name] = tensors.get_slice(name)
         except (SafetensorError, OSError, ValueError) as error:
             raise InputError(f"{path}: not a safetensors file ({error}); download it again, or run "

@@ -54,8 +54,8 @@ from data import (Record, Tokenizer, batch_of, chat_template, english_records, f
                   make_records, micro_batches, read_parallel, steps_per_epoch)
 from dft import DFT, TERMS, Method, choose_layers, lay_out
 from eval import compare, read_questions
-from model import (DTYPES, Config, InputError, Packed, Transformer, check_weights, load_weights,
-                   pick_device, read_json, save, write_json)
+from model import (DTYPES, Config, InputError, Packed, Transformer, check_finite, check_weights,
+                   load_weights, pick_device, read_json, save, write_json)
 
 SIGNALS = {"sft": ("none", "none"), "tft": ("none", "none"), "dft-logits": ("logits", "logits"),
            "dft-feature": ("feature", "feature"), "qalign": ("none", "none")}   # method: (lc, et)
@@ -77,30 +77,32 @@ def main(argv=None) -> None:
 
     # Lock the folder of the run before using it.
     out, metrics = open_folder(args, ranks)
+    tokenizer, result = Tokenizer(config), os.path.join(out, "model")
     with torch.device("meta"):                  # what is malformed should fail now
         check_weights(Transformer(config), args.model)
     if args.test:
+        if not os.path.isfile(args.test):       # a pipe could not be read again after training
+            raise InputError(f"{args.test}: No such file, or not a regular one")
         read_questions(args.test)
-    tokenizer, result = Tokenizer(config), os.path.join(out, "model")
     records, val, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
-    digest = hashlib.sha256(repr(dataclasses.replace(config, raw={}, files={}, folder="")).encode())
-    for weights in sorted(glob.glob(os.path.join(glob.escape(args.model), "*.safetensors"))):
-        with open(weights, "rb") as file:
-            digest.update(file.read(2 ** 20))               # tells two models of one size apart
+    parts = dataclasses.replace(config, raw={}, files={}, folder=""), digests(args.model)
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
                                      "digest of the records": fingerprint(records),
-                                     "digest of the model": digest.hexdigest()[:16]})
+                                     "digest of the model": hashlib.sha256(repr(parts).encode()).hexdigest()[:16]})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
     if stored is not None:
         compare_settings(settings, stored, path)
-    if stored and os.path.exists(os.path.join(result, "config.json")):
+    names = ("config.json", "model.safetensors")
+    if stored and all(os.path.exists(os.path.join(result, name)) for name in names):
         say("finished  this run is already complete; use a new --out to train again")
         return report(args, result, ranks)
-    if os.path.exists(result) or os.path.isfile(result + ".partial"):
-        raise InputError(f"{result} or {result}.partial is in the way of the result; remove it")
+    if os.path.exists(result) or any(os.path.isfile(os.path.join(out, name)) for name in (
+            "model.partial", "checkpoints")):
+        raise InputError(f"{out}: model, model.partial or checkpoints is in the way of this run; "
+                         "remove it")
 
     model = build(config, method, args, ranks)
     optimizer = make_optimizer(model, args)
@@ -142,6 +144,7 @@ def main(argv=None) -> None:
         if skipped == steps:
             raise FloatingPointError("no step had a finite loss and gradient, so the model is not "
                                      "saved; try a lower --lr or --dtype fp32")
+        check_finite(model.model, "the trained model, which is not saved")
         save(model.model, result, DTYPES[args.dtype], chat_template(bool(tokenizer.bos)))
     except (OSError, SafetensorError) as error:
         raise OSError(f"{out}: {error}; {last_checkpoint(out)}; resolve this and give the same "
@@ -163,8 +166,10 @@ def keep_lines(metrics, steps: int) -> None:
         except (ValueError, TypeError, KeyError):
             intact = False
         if not intact:
+            shutil.copyfile(metrics.name, f"{metrics.name}.damaged")
             metrics.seek(begin)
-            say(f"warning   metrics.jsonl has only {step - 1} of the {steps} lines before this")
+            say(f"warning   {metrics.name} has only {step - 1} intact lines of the {steps} before "
+                f"this; all of it is in {metrics.name}.damaged")
             break
     metrics.truncate()
 
@@ -320,7 +325,7 @@ def start(args) -> Ranks:
     kind = pick_device(args.device)
     if kind == "cpu":
         keep_freed_memory()
-    if "RANK" not in os.environ:
+    if not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
         if args.cpu_offload:
             raise InputError("--cpu_offload needs torchrun; on one GPU: torchrun --nproc_per_node "
                              "1 train.py ...")
@@ -463,12 +468,12 @@ def report(args, result: str, ranks: Ranks) -> None:
     try:
         with open(path, encoding="utf-8") as file:
             lines = [json.loads(line) for line in file if "val_loss" in line]
-    except ValueError as error:
+        if lines:
+            best = min(lines, key=lambda line: line["val_loss"])
+            say(f"val       the loss on held-out records was lowest at step {best['step']:,}: "
+                f"{best['val_loss']:.4f}")
+    except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{path}: a line is damaged ({error}); the model is in {result}") from None
-    if lines:
-        best = min(lines, key=lambda line: line["val_loss"])
-        say(f"val       the loss on held-out records was lowest at step {best['step']:,}: "
-            f"{best['val_loss']:.4f}")
     if args.test:
         table = compare({"before": args.model, "after": result}, args.test, ranks.device.type,
                         DTYPES[args.dtype])
@@ -549,7 +554,8 @@ def save_checkpoint(settings, model: DFT, optimizer, step: int, ranks: Ranks) ->
         write_json(state, os.path.join(partial, "state.json"))
         shutil.rmtree(folder, ignore_errors=True)           # a damaged one of the same step
         os.rename(partial, folder)
-        for old in [path for path in checkpoints(out) if path <= folder][:-settings.keep]:
+        done = checkpoints(out)
+        for old in done[:max(0, done.index(folder) + 1 - settings.keep)]:
             shutil.rmtree(old, ignore_errors=True)
     say(f"saved     {folder} in {time.perf_counter() - began:.1f} s")
 
@@ -590,7 +596,9 @@ def checkpoint_tensors(model: DFT, optimizer) -> dict:
 
 def checkpoints(out: str) -> list:
     """The complete checkpoints of a run, oldest first."""
-    return sorted(glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-[0-9]*[0-9]")))
+    paths = glob.glob(os.path.join(glob.escape(out), "checkpoints", "step-*"))
+    paths = [path for path in paths if re.fullmatch(r"step-\d{6,}", os.path.basename(path))]
+    return sorted(paths, key=lambda path: (len(path), path))        # by number
 
 
 def last_checkpoint(out: str) -> str:
@@ -753,11 +761,13 @@ def parse(argv=None) -> argparse.Namespace:
     has_effect = dict(lc_layer=args.lc != "none", lc_weight=args.lc != "none", align=logits,
                       et_layer=args.et != "none", et_weight=args.et != "none", lens_norm=logits,
                       pool=features, english_grad=features, world_size=args.dry_run,
-                      val_every=args.val)
+                      val_every=args.val, english=args.method != "sft",
+                      data_en=args.method != "tft" or args.english)
     for key, used in has_effect.items():
         if not used and getattr(args, key) != parser.get_default(key):
             raise InputError(f"--{key} has no effect with these settings; leave it out")
-    if args.data == args.data_en or args.out == "":
+    if args.data_en and os.path.realpath(args.data) == os.path.realpath(args.data_en) or (
+            args.out == ""):
         raise InputError("--data_en: expected another file than --data; --out: expected a folder")
     for key, value in vars(args).items():
         if isinstance(value, (int, float)) and not (
@@ -814,7 +824,7 @@ if __name__ == "__main__":
     try:
         main()
     except (InputError, FloatingPointError, OSError) as error:
-        if isinstance(error, OSError) or os.environ.get("LOCAL_RANK", "0") == "0":
+        if isinstance(error, OSError) or os.environ.get("RANK", "0") == "0":
             print(f"error: {error}", file=sys.stderr)       # the others are the same on all ranks
         sys.exit(1 if isinstance(error, FloatingPointError) else 2)
     except RuntimeError as error:

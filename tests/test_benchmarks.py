@@ -270,7 +270,7 @@ def test_a_file_that_is_not_what_the_command_says_is_warned_of(task, lang, rows,
     path = write(tmp_path / "file.jsonl", rows)
     test = read_test(task, lang, path)
     assert test.warnings == [f"{path}: {text}" for text in texts]
-    assert capsys.readouterr().out.splitlines() == [f"warning: {path}: {text}" for text in texts]
+    assert capsys.readouterr().err.splitlines() == [f"warning: {path}: {text}" for text in texts]
 
 
 WRONG = [
@@ -282,7 +282,10 @@ WRONG = [
     ("xcopa", {**COPA, "question": "why"}, "'question' is \"why\", expected cause, effect"),
     ("truthfulqa", {**MC, "mc1_targets": dict(choices=["a"], labels=[1, 0])}, "mc1_targets: exp"),
     ("truthfulqa", {**MC, "mc1_targets": dict(choices="ab", labels=[1, 0])}, "found \"ab\""),
-    ("mlqa", {**QA, "question": " \n"}, "the question is blank"),
+    ("mlqa", {**QA, "question": " \n"}, "'question' is blank"),
+    ("xcopa", {**COPA, "choice2": " "}, "'choice2' is blank"),
+    ("truthfulqa", {**MC, "mc1_targets": dict(choices=["a", "b"], labels=[0, 1])},
+     "expected the first choice to be the only right one"),
     ("mlqa", {**QA, "answers": dict(text="x")}, "found \"x\", expected a list of texts"),
     ("xquad", {**QA, "answers": dict(text=[])}, "found .., expected a list of texts"),
     ("xquad", {**QA, "answers": dict(text=[None])}, "found .null., expected a list of texts"),

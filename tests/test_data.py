@@ -301,7 +301,8 @@ def test_two_files_are_joined_by_id_whatever_their_order_and_the_type_of_ids(tmp
     shuffled = [english[n] for n in (4, 0, 6, 2, 5, 1, 3)]
     target = [without(row, *ENGLISH) for row in both]
     joined = read_parallel(write(tmp_path / "vi", target), write(tmp_path / "en", shuffled))
-    assert [row for _, row in joined] == [{**row, "joined": "by id"} for row in both]
+    how = "by id, 1 English rows not used"
+    assert [row for _, row in joined] == [{**row, "joined": how} for row in both]
 
 
 def test_two_files_without_ids_are_joined_by_position_and_the_counts_say_so(tmp_path, demo):
@@ -323,7 +324,9 @@ BAD_PAIRS = {
     "two holes": ([plain(id=0), plain()], [plain(id=0), plain()], "vi:2: no id; expected ids"),
     "an id twice": ([plain(id=1)], [plain(id=1), plain(id="1")], "en:2: id '1' occurs twice.*en:1"),
     "an unknown id": ([plain(id="x")], [plain(id=1)], r"vi:1: no row of .*en has its id, 'x'"),
-    "a fraction": ([plain(id=0)], [plain(id=0.0)], "vi:1: no row of .*en has its id, '0'"),
+    "a fraction": ([plain(id=0)], [plain(id=0.0)], "en:1: id 0.0: expected a whole number or"),
+    "a truth value": ([plain(id=True)], [plain(id=True)], "vi:1: id True: expected a whole number"),
+    "English on both": ([example(1)], [plain(0)], "vi:1: has an English side of its own"),
     "a number as text": ([plain()], [plain(output=7)], "en:1: 'output' is 7, expected text")}
 
 

@@ -213,6 +213,12 @@ TASK = "expected lens or xnli, .* with --data FILE"
     (["--data", "x", "--out", ""], "'': expected a file of its own"),
     (["--data", "x", "--out", "y", "--items", "y"], "'y': expected a file of its own"),
     (["--data", "x", "--out", "/dev/null"], "expected a file of its own in a writable folder"),
+    (["--data", "x", "--out", "./x"], "'./x': expected a file of its own"),
+    (["--data", "x", "--out", "y", "--items", "./y"], "'./y': expected a file of its own"),
+    (["--task", "xcopa.zh=x", "--out", "x"], "'x': expected a file of its own"),
+    (["--data", "x", "--out", f"{DEMO}/x"], "and not a model's folder"),
+    (["--prompt", " "], "--prompt is blank"),
+    (["--task", "xcopa.zh=x", "--lang", "vi"], "--task xcopa.zh=x: expected"),
     (["--data", "gone.jsonl"], "gone.jsonl: No such file"),
 ])
 def test_a_mistake_is_refused_in_one_line_before_a_model_is_loaded(arguments, message, monkeypatch):

@@ -140,8 +140,9 @@ def write_records(root):
     english = [{key: row[f"{key}_en"] for key in KEYS} | {"id": row["id"]} for row in rows]
     for name in FILES:
         (root / name).mkdir()
-    for file in ("lines/rows.jsonl", "joined/1.jsonl"):
-        (root / file).write_text("\n".join(map(json.dumps, rows)) + "\n")
+    target = [{key: row[key] for key in (*KEYS, "id")} for row in rows]
+    (root / "lines" / "rows.jsonl").write_text("\n".join(map(json.dumps, rows)) + "\n")
+    (root / "joined" / "1.jsonl").write_text("\n".join(map(json.dumps, target)) + "\n")
     (root / "joined" / "2.jsonl").write_text("\n".join(map(json.dumps, english)) + "\n")
     (root / "array" / "rows.txt").write_text(json.dumps(rows, indent=1, ensure_ascii=False))
 

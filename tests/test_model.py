@@ -319,6 +319,28 @@ def test_weights_that_do_not_match_the_config_are_named(family, tmp_path, case):
         load(variant(family("llama2"), tmp_path / "bad", change))
 
 
+@pytest.mark.parametrize("kinds", [["sliding"] * 4, ["full_attention"]])
+def test_wrong_layer_types_of_gemma_are_refused(family, tmp_path, kinds):
+    with pytest.raises(InputError, match="layer_types is .*, expected sliding_attention or full_att"):
+        load(variant(family("gemma2"), tmp_path / "model", layer_types=kinds))
+
+
+def test_a_tensor_in_two_files_is_refused(family, tmp_path):
+    folder = variant(family("llama2"), tmp_path / "model")
+    shutil.copy(f"{folder}/model.safetensors", f"{folder}/more.safetensors")
+    with pytest.raises(InputError, match="more.safetensors: .*is in another file as well"):
+        load(folder)
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_weights_that_are_not_finite_are_refused(family, tmp_path, value):
+    def change(tensors):
+        tensors[GATE][0, 0] = value
+        return tensors
+    with pytest.raises(InputError, match="gate_proj.weight has numbers that are inf or NaN"):
+        load(variant(family("llama2"), tmp_path / "model", change))
+
+
 def test_pickles_are_refused_and_no_code_in_them_is_run(family, tmp_path):
     folder = variant(family("llama2"), tmp_path / "model")
     weights, pickle = (tmp_path / "model" / name for name in ("model.safetensors", "model.bin"))
@@ -355,6 +377,20 @@ BAD_CONFIGS = {
     "no BOS": (dict(bos_token_id=None), "bos_token_id is None"),
     "no EOS": (dict(eos_token_id=None), r"eos_token_id .* is \[\]; expected ids"),
     "a text as EOS": (dict(eos_token_id="</s>"), r"eos_token_id .* is \['</s>'\]; expected ids"),
+    "a fraction as EOS": (dict(eos_token_id=2.0), r"eos_token_id .* is \[2.0\]; expected ids"),
+    "a truth value as BOS": (dict(bos_token_id=True), "bos_token_id is True"),
+    "a text as a size": (dict(vocab_size="97"), "vocab_size is '97', expected a positive number"),
+    "a text as a cap": (dict(final_logit_softcapping="30"), "final_logit_softcapping is '30'"),
+    "a cap of 0": (dict(attn_logit_softcapping=0), "attn_logit_softcapping is 0, expected a pos"),
+    "a huge size": (dict(vocab_size=10 ** 18), "vocab_size is 1000000000000000000, expected a pos"),
+    "infinity": (dict(rope_parameters=None, rope_theta=float("inf")), "rope_theta is inf"),
+    "rope without a type": (dict(rope_parameters=None, rope_scaling=dict(factor=4.0)),
+                            "rope type 'unknown'"),
+    "a text as a factor": (dict(rope_parameters=None, rope_scaling=dict(
+        rope_type="llama3", factor="8", low_freq_factor=1, high_freq_factor=4,
+        original_max_position_embeddings=32)), "factor is '8', expected a positive number"),
+    "heads that do not divide": (dict(num_key_value_heads=3), "3 key/value heads of size 8: exp"),
+    "an odd head": (dict(head_dim=7), "key/value heads of size 7: expected a multiple"),
     "too many layers": (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
     "EOS beyond the vocabulary": (dict(eos_token_id=[2, 97]), r"eos_token_id .* is \[2, 97\]"),
 }

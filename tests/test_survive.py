@@ -321,12 +321,13 @@ def test_layers_in_edited_settings_are_checked(straight, demo_data, tmp_path):
         train.main(args)
 
 
-@pytest.mark.parametrize("name", ["model", "model.partial"])
+@pytest.mark.parametrize("name", ["model", "model.partial", "checkpoints"])
 def test_what_is_in_the_way_of_the_result_is_told_before_the_first_step(straight, demo_data,
                                                                         tmp_path, name):
     out = rewind(straight, tmp_path / "run")
+    shutil.rmtree(out / name, ignore_errors=True)
     (out / name).write_text("notes")
-    with pytest.raises(InputError, match="run/model.partial is in the way of the result; remove it"):
+    with pytest.raises(InputError, match="model.partial or checkpoints is in the way of this run"):
         train.main(command(out, demo_data, *EIGHT))
     assert (out / name).read_text() == "notes" and len(metrics(out)) == 8
 
@@ -442,4 +443,4 @@ def test_metrics_that_were_edited_are_kept_up_to_the_damage_and_the_run_says_so(
     edit(out / "metrics.jsonl", '{"step": 3,', '{"step": 3')
     train.main(command(out, demo_data, *EIGHT))
     assert [line["step"] for line in metrics(out)] == [1, 2, 5, 6, 7, 8]
-    assert "metrics.jsonl has only 2 of the 4 lines before this" in capsys.readouterr().out
+    assert "metrics.jsonl has only 2 intact lines of the 4 before this" in capsys.readouterr().out

@@ -228,6 +228,8 @@ def test_a_dry_run_counts_six_flops_for_each_weight_and_token(demo_data, capsys)
     (["--method", "sft", "--lc", "logits"], "--method sft takes no --lc and --et"),
     (["--method", "tft", "--et_layer", "3"], "--et_layer has no effect with these settings"),
     (["--lc", "feature", "--et", "feature", "--align", "position"], "--align has no effect"),
+    (["--method", "sft", "--english", "1"], "--english has no effect"),
+    (["--method", "tft", "--data_en", "x"], "--data_en has no effect"),
     (["--pool", "last"], "--pool has no effect"), (["--val_every", "7"], "--val_every has no"),
     (["--cpu_offload"], "--cpu_offload needs torchrun"),
     (["--model", "nowhere"], "nowhere: no config.json; no such folder"),
@@ -236,6 +238,19 @@ def test_impossible_settings_are_refused_before_a_folder_is_made(more, words, de
     with pytest.raises(InputError, match=words):
         train.main(command(tmp_path / "run", demo_data, *more))
     assert not (tmp_path / "run").exists()
+
+
+def test_one_file_as_both_sides_is_refused_however_it_is_written(demo_data, tmp_path):
+    (tmp_path / "link").symlink_to(demo_data)
+    with pytest.raises(InputError, match="--data_en: expected another file than --data"):
+        train.main(command(tmp_path / "run", demo_data, "--data_en", tmp_path / "link"))
+
+
+def test_checkpoints_are_sorted_by_their_number(tmp_path):
+    for name in ("step-1000000", "step-000025", "step-999999", "step-7x", "step-000026.partial"):
+        (tmp_path / "checkpoints" / name).mkdir(parents=True)
+    names = [Path(path).name for path in train.checkpoints(str(tmp_path))]
+    assert names == ["step-000025", "step-999999", "step-1000000"]
 
 
 def test_a_missing_file_is_refused_before_the_first_step(demo_data, tmp_path):
