@@ -87,10 +87,12 @@ def main(argv=None) -> None:
     records, val, counts = read_records(args, method, tokenizer)
     say(f"data      {args.data}: {counts}")
     steps = args.steps or args.epochs * steps_per_epoch(len(records), args.batch_size)
-    parts = dataclasses.replace(config, raw={}, files={}, folder=""), digests(args.model)
+    parts = ranks.first(lambda: [repr(dataclasses.replace(config, raw={}, files={}, folder="")),
+                                 digests(args.model)])
+    digest = hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
     settings = argparse.Namespace(**{**vars(args), "out": out, "steps": steps, "ranks": ranks.world,
                                      "digest of the records": fingerprint(records),
-                                     "digest of the model": hashlib.sha256(repr(parts).encode()).hexdigest()[:16]})
+                                     "digest of the model": digest})
     path = os.path.join(out, "settings.json")
     stored = ranks.first(lambda: read_json(path) if os.path.exists(path) else None)
     if stored is not None:
@@ -648,8 +650,9 @@ def plan(args, config: Config, method: Method) -> str:
     states += low * n if args.world_size == 1 else 0
     return (f"model     {args.model}: {n:,} parameters, {trained:,} of them trained\n"
             f"data      {counts}; {tokens:.0f} tokens per record\n"
-            f"time      {steps:,} steps, at most {flops:.2e} FLOPs: {flops / 0.4 / 989e12 / 3600:.2f}"
-            " GPU hours at 40 % of the peak of an H100 (989 TFLOP/s), which is an assumption\n"
+            f"time      {steps:,} steps, at most {flops:.2e} FLOPs: "
+            f"{flops / 0.4 / 989e12 / 3600:.2f} GPU hours at 40 % of the peak of an H100 "
+            "(989 TFLOP/s), which is an assumption\n"
             f"disk      {12e-9 * trained * (args.keep + 1):,.1f} GB of checkpoints, "
             f"{low * n / 1e9:,.1f} GB for the model\n"
             f"memory    {states / 1e9:,.1f} GB on each of {args.world_size} GPUs for weights, "

@@ -150,8 +150,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("files", nargs="+", metavar="FILE",
-                        help="one lens.json, the metrics.jsonl of one or several runs, or study.csv;"
-                        " and then the picture to write, NAME.png (without it, named like the last)")
+                        help="one lens.json, the metrics.jsonl of one or several runs, or "
+                        "study.csv; and then the picture to write, NAME.png (default: named "
+                        "like the last)")
     parser.add_argument("--layers", nargs=2, type=int, metavar=("I", "J"),
                         help="the layers i and j that were trained, to be marked")
     args = parser.parse_args()

@@ -9,8 +9,8 @@ harness's side runs in an environment of its own, the interpreter --python:
     pip install "lm_eval[hf]==0.4.13" "transformers==5.19.0"
 
 (5.19.0 is the last with squad_metrics, which the harness's XQuAD imports.) --keep FOLDER holds the
-items of both sides; a harness's side that is there is not computed again. Exit code 1 if a prompt, a
-choice, a text or a score differs, or a log-likelihood by more than 1e-3.
+items of both sides; a harness's side that is there is not computed again. Exit code 1 if a prompt,
+a choice, a text or a score differs, or a log-likelihood by more than 1e-3.
 """
 import argparse
 import hashlib
@@ -153,7 +153,7 @@ def frozen(mine, peer):
 def compare(args, facts):
     """Run both sides, print a table; 1 if anything differs."""
     store, failed = {}, 0
-    print("task, items, largest difference of a log-likelihood, items that differ, the first of them")
+    print("task, items, largest difference of a log-likelihood, items that differ, the first one")
     for task in args.tasks:
         version = run_both(args, task, facts[task])
         ours = read_items(args.keep / f"ours_{task}.jsonl")
@@ -175,7 +175,7 @@ def compare(args, facts):
 def main():
     p = argparse.ArgumentParser(description=__doc__,
                                 formatter_class=argparse.RawDescriptionHelpFormatter)
-    p.add_argument("harness", nargs="*", metavar="harness TASK", help="the harness's side of a task")
+    p.add_argument("harness", nargs="*", metavar="harness TASK", help="the harness's side")
     p.add_argument("--model", required=True, help="a Hugging Face folder")
     p.add_argument("--data", required=True, help="the folder of the files that TASKS names")
     p.add_argument("--python", default=sys.executable, help="the interpreter that has lm_eval")

@@ -46,8 +46,8 @@ def tests(args):
     if args.device == "cpu":
         yield "test_fast.py", "not run: needs a GPU"
         return
-    done = subprocess.run([sys.executable, "-m", "pytest", TESTS / "test_fast.py", "-k", "gpu", "-q"],
-                          capture_output=True, text=True)
+    command = [sys.executable, "-m", "pytest", TESTS / "test_fast.py", "-k", "gpu", "-q"]
+    done = subprocess.run(command, capture_output=True, text=True)
     yield "test_fast.py -k gpu", done.stdout.splitlines()[-1]
     assert done.returncode == 0, done.stdout[-2000:]
 

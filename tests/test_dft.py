@@ -164,7 +164,7 @@ def dense(x, weight, target, limit):
 def test_fused_cross_entropy_equals_the_dense_one(dtype, limit, n, compiled, monkeypatch):
     """In value and gradients, with logits beyond the cap. x and W hold small whole numbers, so that
     the logits are exact in both dtypes and sums in another order cannot round to other logits."""
-    monkeypatch.setitem(dft.CHUNK, "cpu", 1000)         # 10 tokens of 100 logits: 7 chunks, one shorter
+    monkeypatch.setitem(dft.CHUNK, "cpu", 1000)     # 10 tokens of 100 logits: 7 chunks, one shorter
     x = torch.randint(-3, 4, (n, 32)).to(dtype)
     weight, target = torch.randint(-3, 4, (100, 32)).to(dtype), torch.randint(100, (n,))
     assert n == 0 or (x @ weight.T).abs().max() > 30

@@ -321,7 +321,7 @@ def test_weights_that_do_not_match_the_config_are_named(family, tmp_path, case):
 
 @pytest.mark.parametrize("kinds", [["sliding"] * 4, ["full_attention"]])
 def test_wrong_layer_types_of_gemma_are_refused(family, tmp_path, kinds):
-    with pytest.raises(InputError, match="layer_types is .*, expected sliding_attention or full_att"):
+    with pytest.raises(InputError, match="layer_types is .*, expected sliding_attention or full"):
         load(variant(family("gemma2"), tmp_path / "model", layer_types=kinds))
 
 
@@ -421,7 +421,7 @@ def test_a_folder_config_or_key_that_is_missing_is_named(family, tmp_path):
     with pytest.raises(InputError, match="no config.json; it is a LoRA adapter"):
         load(str(tmp_path))
     (tmp_path / "cache" / "snapshots").mkdir(parents=True)
-    with pytest.raises(InputError, match="it is a hub cache; give one of the folders in .*snapshots"):
+    with pytest.raises(InputError, match="it is a hub cache; give one of the folders in .*snap"):
         load(str(tmp_path / "cache"))
     (tmp_path / "cache" / "snapshots").rename(tmp_path / "cache" / "state.json")
     with pytest.raises(InputError, match="it is a checkpoint; resume its run"):
@@ -429,12 +429,12 @@ def test_a_folder_config_or_key_that_is_missing_is_named(family, tmp_path):
 
 
 STRANGE = {
-    "a folder": (lambda path: path.mkdir(), "expected a regular file in this folder, found a folder"),
+    "a folder": (lambda path: path.mkdir(), "expected a regular file .*found a folder"),
     "a pipe": (os.mkfifo, "expected a regular file"),
     "a device": (lambda path: path.symlink_to("/dev/zero"), "found /dev/zero"),
-    "a link out": (lambda path: path.symlink_to(__file__), "expected a regular file in this folder"),
+    "a link out": (lambda path: path.symlink_to(__file__), "expected a regular file in this"),
     "a broken link": (lambda path: path.symlink_to("nowhere"), "expected a regular file"),
-    "a git-lfs pointer": (lambda path: path.write_bytes(LFS), "a git-lfs pointer; run git lfs pull"),
+    "a git-lfs pointer": (lambda path: path.write_bytes(LFS), "a git-lfs pointer; run git lfs"),
 }
 
 
@@ -472,7 +472,7 @@ def test_links_within_a_hub_cache_are_followed(family, tmp_path):
 def test_a_small_file_that_is_no_json_object_is_refused(family, tmp_path, text):
     folder = variant(family("llama2"), tmp_path / "model")
     Path(folder, "tokenizer_config.json").write_text(text)
-    with pytest.raises(InputError, match="tokenizer_config.json: not valid JSON, expected an object"):
+    with pytest.raises(InputError, match="tokenizer_config.json: not valid JSON, expected an obj"):
         save(load(folder), str(tmp_path / "out"), chat_template="a template")
 
 

@@ -186,8 +186,8 @@ def dry_run(capsys, folder, data, sizes, *more):
     (LARGE, 64, 68_504_788_992, 17.1),      # a 70B; 16 bytes / 64 per weight
     (SMALL, 1, 6_502_486_016, 117.0),       # 16 bytes, and 2 for a copy in bf16
 ])
-def test_a_dry_run_tells_parameters_steps_memory_and_disk(sizes, gpus, parameters, states, demo_data,
-                                                          tmp_path, capsys):
+def test_a_dry_run_tells_steps_memory_and_disk(sizes, gpus, parameters, states, demo_data, tmp_path,
+                                               capsys):
     printed = dry_run(capsys, tmp_path, demo_data, sizes, "--world_size", gpus)
     assert f"{parameters:,} parameters" in printed and "40 of 40 records kept" in printed
     assert "3 steps," in printed and "GPU hours at 40 % of the peak of an H100" in printed
