@@ -33,7 +33,7 @@ from torch._dynamo.utils import counters
 
 import train
 from dft import DFT, Method
-from model import DTYPES, Config, generate, load
+from model import DTYPES, generate, load
 
 TESTS = Path(__file__).parent
 PEAK = 989e12               # FLOP/s of an H100 in bf16
