@@ -3,6 +3,7 @@
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --method dft-logits --dtype fp32
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --peer ../before
     python tests/bench.py --shapes llama-2-7b --layers 4 --device cuda       no files are needed
+    python tests/bench.py --shapes gemma-2-2b --device cuda --dtype bf16 --side ours --profile FILE
 
 --peer transformers: the same losses as one would write them first. Padded batches of --peer_batch
 records whose gradients accumulate, all hidden states, a dense cross-entropy over all positions; one
@@ -12,8 +13,8 @@ text), and for features one without gradient for the English text.
 With --shapes the weights are random. Without --data so are the ids, at lengths like Alpaca's.
 --peer FOLDER: another checkout of this project, such as the commit before.
 
-The sides take turns, A B A B, each in its own process, and time one step after one to warm up (on a
-CPU of --peer_batch records). Their losses must agree; those of another checkout may differ and are
+The sides take turns, A B A B, each in its own process, and time the second of two equal steps (on a
+GPU the median of three after one; on a CPU the first step takes only --peer_batch records). Their losses must agree; those of another checkout may differ and are
 then printed. Times of a busy machine vary, so read the ratios.
 """
 import argparse
@@ -51,21 +52,22 @@ def flags(args, names):
     return [f"--{name}={getattr(args, name)}" for name in names]
 
 
-def random_model(shapes, layers, folder, tokenizer=None):
-    """Write a folder of random weights, with the tokenizer of another folder."""
+def random_model(shapes, layers, folder, tokenizer=None, device="cpu"):
+    """Write a folder of random bf16 weights, with the tokenizer of another folder."""
     D, M, L, H, K, h, V = SHAPES[shapes]
     write_json(dict(model_type="gemma2" if shapes.startswith("gemma") else "llama",
                     hidden_size=D, intermediate_size=M, num_hidden_layers=layers or L,
                     num_attention_heads=H, num_key_value_heads=K, head_dim=h, vocab_size=V,
                     max_position_embeddings=4096, tie_word_embeddings=shapes != "llama-2-7b"),
                os.path.join(folder, "config.json"))
-    model = Transformer(Config.read(folder))
+    with torch.device(device):
+        model = Transformer(Config.read(folder))
     if tokenizer:
         model.config.files = Config.read(tokenizer).files
     for name, p in model.named_parameters():
         if "norm" not in name:
             p.data.normal_(0, 0.02)
-    save(model, folder)
+    save(model, folder, torch.bfloat16)
 
 
 def random_records(count, vocab_size):
@@ -108,9 +110,10 @@ def backward(sums, counts, means):
     loss.backward()
 
 
-def ours(settings, config, method, records):
+def ours(settings, config, method, records, model=None):
     """(model, a function: records -> {term: mean loss}, which adds to the model's gradients)."""
-    model, L = train.build(config, method, settings, train.start(settings)), len(config.windows)
+    model = model or train.build(config, method, settings, train.start(settings))
+    model.method, L = method, config.num_hidden_layers
 
     def losses(records):
         sizes = [lay_out([record], method, L).tokens for record in records]
@@ -124,14 +127,15 @@ def ours(settings, config, method, records):
     return model, losses
 
 
-def peer(settings, config, method, records, batch=8, liger=False):
+def peer(settings, config, method, records, model=None, batch=8, liger=False):
     """The same by transformers or Liger."""
     if liger:
         from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
     else:
         from transformers import AutoModelForCausalLM as Auto
     i, j, L = method.lc_layer, method.et_layer, config.num_hidden_layers
-    model = Auto.from_pretrained(settings.model, dtype=torch.float32).to(settings.device)
+    if model is None:
+        model = Auto.from_pretrained(settings.model, dtype=torch.float32).to(settings.device)
     autocast = torch.autocast(settings.device, torch.bfloat16, enabled=settings.dtype == "bf16")
 
     def padded(rows, value=0):
@@ -195,30 +199,52 @@ def peer(settings, config, method, records, batch=8, liger=False):
 
 
 def one_side(args):
-    """Time a step of one side and print the figures as JSON."""
-    settings, *_, records = given = prepare(args)
-    liger, is_ours = args.side == "liger", args.side == "ours"
-    model, losses = ours(*given) if is_ours else peer(*given, args.peer_batch, liger)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)     # the weights stay equal
+    """Time a step of one side for each method and print the figures as JSON lines."""
+    model, liger, gpu = None, args.side == "liger", args.device == "cuda"
+    for name in args.method.split(","):
+        settings, *_, records = given = prepare(argparse.Namespace(**{**vars(args),
+                                                                      "method": name}))
+        if args.side == "ours":
+            model, losses = ours(*given, model)
+        else:
+            model, losses = peer(*given, model, args.peer_batch, liger)
+        optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)  # weights stay equal
 
-    def step(records):
-        began, means = time.perf_counter(), losses(records)
-        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-        optimizer.step()
-        optimizer.zero_grad()
-        means = {term: float(value) for term, value in means.items()}       # waits for a GPU
-        return means, time.perf_counter() - began
+        def step(records):
+            began, means = time.perf_counter(), losses(records)
+            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+            optimizer.step()
+            optimizer.zero_grad()
+            means = {term: float(value) for term, value in means.items()}       # waits for a GPU
+            return means, time.perf_counter() - began
 
-    step(records if settings.device == "cuda" else records[:args.peer_batch])
-    means, seconds = step(records)
-    print(json.dumps(dict(seconds=seconds, mib=train.peak_memory(torch.device(settings.device)),
-                          losses=means, real=sum(len(r.prompt + r.answer) for r in records))))
+        _, first = step(records if gpu else records[:args.peer_batch])
+        if gpu:
+            torch.cuda.reset_peak_memory_stats()
+        means, seconds = step(records)
+        if gpu:
+            seconds = statistics.median([seconds, step(records)[1], step(records)[1]])
+        answers = sum(len(record.answer) for record in records)
+        print(json.dumps(dict(
+            method=name, seconds=seconds, first=first, losses=means, answers=answers,
+            mib=train.peak_memory(torch.device(settings.device)),
+            real=answers + sum(len(record.prompt) for record in records))), flush=True)
+        if args.profile:
+            with torch.profiler.profile() as profile:
+                step(records)
+            key = "self_device_time_total" if gpu else "self_cpu_time_total"
+            with open(f"{args.profile}-{name}.txt", "w", encoding="utf-8") as file:
+                for key in dict.fromkeys([key, "self_cpu_time_total"]):
+                    file.write(profile.key_averages().table(sort_by=key, row_limit=40,
+                                                            max_name_column_width=90))
+        del optimizer, losses                   # its moments, before the next method's
 
 
 # --------------------------------------------------------------------------------- the comparison
 
 def figures(args, side):
-    """Run one side, "ours", "transformers", "liger" or a checkout, in a process of its own."""
+    """Run one side, "ours", "transformers", "liger" or a checkout, in a process of its own. Returns
+    its figures for the last method."""
     checkout, side = (side, "ours") if os.path.isdir(side) else (ROOT, side)
     command = [sys.executable, os.path.join(checkout, "tests", "bench.py"), "--side", side,
                *flags(args, (*SETTINGS, "records", "peer_batch"))]
@@ -256,7 +282,7 @@ def main():
     parser.add_argument("--model", help="model folder; with --shapes, only for its tokenizer")
     parser.add_argument("--data", default=RANDOM, help="parallel records; default: random ids")
     parser.add_argument("--records", type=int, default=32)
-    parser.add_argument("--method", default="dft-logits", choices=train.SIGNALS)
+    parser.add_argument("--method", default="dft-logits", help="with --side also several: a,b")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--lc_layer", type=int, default=2)
     parser.add_argument("--et_layer", type=int, default=14)
@@ -269,14 +295,14 @@ def main():
     parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--side", help="run and time one side in this process; print JSON")
+    parser.add_argument("--profile", help="with --side: profile one more step, to FILE-METHOD.txt",
+                        metavar="FILE")
     args = parser.parse_args()
-    if args.side:
-        return one_side(args)
     with tempfile.TemporaryDirectory() as folder:
         if args.shapes:
-            random_model(args.shapes, args.layers, folder, args.model)
+            random_model(args.shapes, args.layers, folder, args.model, args.device)
             args.model = folder
-        compare(args)
+        one_side(args) if args.side else compare(args)
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ LLAMA3_ROPE = dict(rope_type="llama3", rope_theta=10000.0, factor=8.0, low_freq_
 FAMILIES = {
     # as many key/value heads as heads, an untied head
     "llama2": LlamaConfig(
-        hidden_size=32, intermediate_size=44, num_attention_heads=4, num_key_value_heads=4,
+        hidden_size=32, intermediate_size=44, num_attention_heads=2, num_key_value_heads=2,
         rms_norm_eps=1e-5, tie_word_embeddings=False, **TINY),
     # two query heads for a key/value head, stretched wavelengths
     "llama3": LlamaConfig(

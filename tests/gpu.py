@@ -3,20 +3,24 @@
     python tests/gpu.py --out gpu.json                  one NVIDIA GPU
     python tests/gpu.py --device cpu --tiny             only shows that this script works
 
-Prints a table, writes it as JSON, and exits with 1 if a part failed. The parts:
+Prints a table, writes it as JSON, and exits with 1 if a part failed. The first parts run side by
+side, each in its own process; those that measure time follow one by one:
 
     tests           the tests of test_fast.py that need a GPU
-    losses          loss and gradient on the device against a CPU in fp32, for three families, three
+    losses          for a family: loss and gradient on the device against a CPU in fp32, three
                     methods, two dtypes, plain and compiled: the distance divided by the length
     recompilations  graphs that are compiled after 4 steps of 20, for records of all lengths
     resume          torchrun with one rank, killed after a checkpoint and started again, against an
                     undisturbed run: the largest relative difference of a loss
-    speed           tests/bench.py: tokens/s of one step, FLOPs of the real tokens over the peak of
-                    an H100 (MFU), memory; compiled and plain, transformers, transformers with Liger
+    demo            `python train.py`, the demo with its questions
+    speed           tests/bench.py: tokens of prompts and answers per second of a whole step, their
+                    FLOPs over the peak of an H100 (MFU), memory; compiled and plain, transformers,
+                    transformers with Liger
     decoding        new tokens per second, greedy, 32 prompts in a batch
 """
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -40,29 +44,36 @@ PEAK = 989e12               # FLOP/s of an H100 in bf16
 BOUNDS = {"fp32": 1e-3, "bf16": 0.2}    # of a gradient; a wrong mask, index or factor gives about 1
 METHODS = {"tft": Method("none", "none"), "dft-logits": Method("logits", "logits", 1, 3),
            "dft-feature": Method("feature", "feature", 1, 3)}
+FAMILIES = ("llama2", "llama3", "gemma2-mild")
 
+
+# --------------------------------------------------------------------------------- correctness
 
 def tests(args):
     if args.device == "cpu":
         yield "test_fast.py", "not run: needs a GPU"
         return
-    command = [sys.executable, "-m", "pytest", TESTS / "test_fast.py", "-k", "gpu", "-q"]
+    command = [sys.executable, "-m", "pytest", TESTS / "test_fast.py", "-k", "on_a_gpu_compiled",
+               "-q", "-rs"]
     done = subprocess.run(command, capture_output=True, text=True)
-    yield "test_fast.py -k gpu", done.stdout.splitlines()[-1]
-    assert done.returncode == 0, done.stdout[-2000:]
+    yield "test_fast.py", done.stdout.splitlines()[-1]
+    assert done.returncode == 0, done.stdout[-3000:]
 
 
-def losses(args):
-    for family in ("llama2", "llama3", "gemma2-mild"):
-        with tempfile.TemporaryDirectory() as folder:
-            random_model(family).save_pretrained(folder)
-            for name, method in METHODS.items():
-                for dtype in ("fp32", "bf16"):
-                    for compiled in (False,) if args.tiny else (False, True):
-                        what = f"{family} {name} {dtype} {'compiled' if compiled else 'plain'}"
+def losses(args, family):
+    with tempfile.TemporaryDirectory() as folder:
+        random_model(family).save_pretrained(folder)
+        for name, method in METHODS.items():
+            for dtype in ("fp32", "bf16"):
+                for compiled in (False,) if args.tiny else (False, True):
+                    what = f"{family} {name} {dtype} {'compiled' if compiled else 'plain'}"
+                    try:
                         found = distances(folder, method, dtype, compiled, args)
-                        yield what, "loss {:.1e}, gradient {:.1e}".format(*found)
-                        assert max(found) < BOUNDS[dtype], f"{what}: expected < {BOUNDS[dtype]}"
+                        failed = "" if max(found) < BOUNDS[dtype] else "FAILED: "
+                        yield what, failed + "loss {:.1e}, gradient {:.1e}".format(*found)
+                    except Exception as error:      # the others are worth knowing
+                        traceback.print_exc()
+                        yield what, f"FAILED: {type(error).__name__}: {str(error)[:300]}"
 
 
 def distances(folder, method, dtype, compiled, args):
@@ -85,23 +96,15 @@ def recompilations(args):
     with tempfile.TemporaryDirectory() as folder:
         bench.random_model("tiny", None, folder)
         for name in METHODS:
-            settings = bench_settings(args, folder, name, "no" if args.tiny else "yes")
+            settings = bench_settings(args, folder, name, 4, "no" if args.tiny else "yes")
             *given, records = bench.prepare(settings)
             _, step = bench.ours(*given, records)
             graphs, size = [], max(1, len(records) // 20)
             for first in range(0, 20 * size, size):
                 step(records[first:first + size])
                 graphs.append(counters["stats"]["unique_graphs"])
-            yield name, f"{graphs[-1] - graphs[3]} after step 4, {graphs[3]} graphs until then"
-            assert graphs[-1] == graphs[3], f"{name}: {graphs}"
-
-
-def bench_settings(args, folder, method, compiled, **more):
-    """The command line of bench.py."""
-    values = dict(model=folder, data=bench.RANDOM, method=method, dtype="bf16", device=args.device,
-                  lc_layer=2, et_layer=3, compile=compiled, micro_batch_tokens=4096, peer_batch=8,
-                  records=20 if args.tiny else 320)
-    return argparse.Namespace(**{**values, **more})
+            failed = f"FAILED: {graphs}: " if graphs[-1] > graphs[3] else ""
+            yield name, f"{failed}{graphs[-1] - graphs[3]} after step 4, {graphs[3]} until then"
 
 
 def resume(args):
@@ -127,44 +130,81 @@ def resume(args):
         assert apart <= (0.0 if args.device == "cpu" else 1e-3)
 
 
+def demo(args):
+    with tempfile.TemporaryDirectory() as folder:
+        run = Run(["--out", Path(folder) / "run", "--device", args.device,
+                   *(["--steps", 2] if args.tiny else [])], seconds=60 * args.minutes)
+        assert run.end() == 0, run.output[-3000:]
+        steps = metrics(Path(folder) / "run")
+        yield f"loss at step {len(steps)}", f"{steps[-1]['loss']:.4f}"
+        for line in run.output.splitlines():
+            if line.startswith(("| before", "| after")):
+                yield "exact match", line.strip("| ").replace("|", ";")
+
+
+# ---------------------------------------------------------------------------------------- speed
+
+def bench_settings(args, folder, method, layers, compiled, **more):
+    """The command line of bench.py; layers i and j as in the paper, at 2/32 and 15/32 of L."""
+    values = dict(model=folder, data=bench.RANDOM, method=method, dtype="bf16", device=args.device,
+                  lc_layer=max(1, round(layers * 2 / 32)), et_layer=round(layers * 15 / 32),
+                  compile=compiled, micro_batch_tokens=4096, peer_batch=8,
+                  records=20 if args.tiny else 320)
+    return argparse.Namespace(**{**values, **more})
+
+
 def speed(args):
     # Enough layers for 18 bytes per parameter in two thirds of 80 GB
     shapes = {"tiny": 4} if args.tiny else {"llama-2-7b": 12, "gemma-2-2b": 26}
-    for shape, layers in shapes.items():
-        with tempfile.TemporaryDirectory() as folder:
-            bench.random_model(shape, layers, folder)
-            for method in ("dft-logits",) if args.tiny else ("tft", "dft-logits", "dft-feature"):
-                sides = [("ours", "no"), ("transformers", "no")]
-                if not args.tiny:
-                    sides = [("ours", "yes"), *sides] + [("liger", "no")] * (method == "tft")
-                for side, compiled in sides:
-                    what = f"{shape}, {layers} layers, {method}, {side}"
-                    what += ", compiled" * (compiled == "yes")
-                    if time.monotonic() > args.deadline:
-                        yield what, "not run: out of time"
-                        continue
-                    yield what, one_speed(args, folder, shape, layers, method, side, compiled)
+    sides = [("ours", "no"), ("transformers", "no")]
+    if not args.tiny:
+        sides = [("ours", "yes"), ("liger", "no"), ("transformers", "no"), ("ours", "no")]
+    with tempfile.TemporaryDirectory() as folder:
+        for shape, layers in shapes.items():
+            os.mkdir(f"{folder}/{shape}")
+            bench.random_model(shape, layers, f"{folder}/{shape}", device=args.device)
+        if args.device == "cuda":
+            torch.cuda.empty_cache()            # the sides need all of the memory
+        for side, compiled in sides:
+            for shape, layers in shapes.items():
+                what = f"{shape}, {layers} layers, {side}{', compiled' * (compiled == 'yes')}"
+                settings = bench_settings(args, f"{folder}/{shape}", "tft", layers, compiled,
+                                          records=8 if args.tiny else 128)
+                yield from one_side(args, settings, side, shape, layers, what)
 
 
-def one_speed(args, folder, shape, layers, method, side, compiled):
-    """The figures of one side of bench.py, as text."""
-    settings = bench_settings(args, folder, method, compiled, records=8 if args.tiny else 64)
-    try:
-        found = bench.figures(settings, side)
-    except subprocess.CalledProcessError as error:
-        assert side != "ours", error            # a peer may be missing or run out of memory
-        return f"failed with exit code {error.returncode}"
-    D, M, _, H, K, h, V = bench.SHAPES[shape]
-    layer = D * h * (2 * H + 2 * K) + 3 * D * M
-    mfu = 6 * layers * layer * found["real"] / found["seconds"] / PEAK
-    return (f"{found['real'] / found['seconds']:,.0f} tokens/s, MFU of the layers "
-            f"{100 * mfu:.1f} %, {found['mib']:,.0f} MiB")
+def one_side(args, settings, side, shape, layers, what):
+    """The figures of one side of bench.py for its methods."""
+    methods = "tft" if side == "liger" else "tft,dft-logits,dft-feature"
+    command = [sys.executable, TESTS / "bench.py", "--side", side, "--method", methods,
+               *bench.flags(settings, (*[name for name in bench.SETTINGS if name != "method"],
+                                       "records", "peer_batch"))]
+    if side == "ours" and args.profile:
+        command += ["--profile", f"{args.profile}-{shape}-{settings.compile}"]
+    began = time.monotonic()
+    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in done.stdout.splitlines():
+        if not line.startswith('{"method"'):
+            continue
+        found = json.loads(line)
+        D, M, _, H, K, h, V = bench.SHAPES[shape]
+        layer = D * h * (2 * H + 2 * K) + 3 * D * M
+        flops = 6 * (layers * layer * found["real"] + D * V * found["answers"])
+        # For an inner loss the FLOPs of its tokens are not counted
+        mfu = f"MFU {100 * flops / found['seconds'] / PEAK:.1f} %, " * (found["method"] == "tft")
+        yield f"{what}, {found['method']}", (
+            f"{found['real'] / found['seconds']:,.0f} tokens/s, {mfu}{found['mib']:,.0f} MiB, "
+            f"first step {found['first']:.0f} s, loss {sum(found['losses'].values()):.4f}")
+    yield what, f"{time.monotonic() - began:.0f} s in all, exit code {done.returncode}"
+    if done.returncode:
+        print(done.stdout[-3000:], file=sys.stderr)
+        assert side != "ours", what             # a peer may be missing or run out of memory
 
 
 def decoding(args):
     shape, layers, new = ("tiny", 4, 4) if args.tiny else ("gemma-2-2b", 26, 64)
     with tempfile.TemporaryDirectory() as folder:
-        bench.random_model(shape, layers, folder)
+        bench.random_model(shape, layers, folder, device=args.device)
         model = load(folder, torch.bfloat16, args.device)
         prompts = [record.prompt for record in bench.random_records(32, model.config.vocab_size)]
         generate(model, prompts, 2)
@@ -173,7 +213,51 @@ def decoding(args):
         yield f"{shape}, 32 prompts", f"{count / (time.perf_counter() - began):,.0f} tokens/s"
 
 
-PARTS = (tests, losses, recompilations, resume, speed, decoding)
+# ----------------------------------------------------------------------------------------- main
+
+SIDE_BY_SIDE = ["tests", *(f"losses:{family}" for family in FAMILIES), "recompilations", "resume",
+                "demo"]
+ONE_BY_ONE = ["decoding", "speed"]
+
+
+def run_part(args):
+    """Run one part in this process and print its rows as JSON lines."""
+    name, *more = args.part.split(":")
+    began = time.monotonic()
+
+    def show(what, result):
+        print(json.dumps([args.part, what, result]), flush=True)
+
+    try:
+        for row in globals()[name](args, *more):
+            show(*row)
+    except Exception as error:
+        show(name, f"FAILED: {type(error).__name__}: {str(error)[:1000]}")
+        traceback.print_exc()
+        sys.exit(1)
+    finally:
+        show("seconds", f"{time.monotonic() - began:.0f}")
+
+
+def start_part(part):
+    return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--part", part], text=True,
+                            stdout=subprocess.PIPE)
+
+
+def finish_part(process, part, deadline):
+    """Wait for a part until the deadline; its rows."""
+    try:
+        printed, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
+        late = []
+    except subprocess.TimeoutExpired:
+        subprocess.run(["pkill", "-9", "-P", str(process.pid)])        # what the part has started
+        process.kill()
+        printed, _ = process.communicate()
+        late = [[part, "all of it", "FAILED: out of time"]]
+    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("[")] + late
+    for row in rows:
+        print(*row, sep=" | ", flush=True)
+    return rows
 
 
 def main():
@@ -181,32 +265,29 @@ def main():
                                      formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", choices=["cpu", "cuda"])
     parser.add_argument("--tiny", action="store_true", help="small shapes, nothing compiled")
-    parser.add_argument("--minutes", type=float, default=8, help="no part begins after this time")
+    parser.add_argument("--minutes", type=float, default=8, help="end after this time")
+    parser.add_argument("--parts", default=",".join(SIDE_BY_SIDE + ONE_BY_ONE), help="a,b,...")
+    parser.add_argument("--profile", help="profile a step of each of our sides, to FILE-...txt")
     parser.add_argument("--out", default="gpu.json", help="the table as JSON")
+    parser.add_argument("--part", help="run one part in this process")
     args = parser.parse_args()
-    args.deadline = time.monotonic() + 60 * args.minutes
-    rows, failed = [], False
-    for part in PARTS:
-        began = time.monotonic()
-        try:
-            if began > args.deadline:
-                rows.append((part.__name__, "all", "not run: out of time"))
-                continue
-            for what, result in part(args):
-                rows.append((part.__name__, what, result))
-                print(*rows[-1], sep=" | ", flush=True)
-        except Exception as error:
-            failed = True
-            rows.append((part.__name__, "FAILED", f"{type(error).__name__}: {error}"[:300]))
-            traceback.print_exc()
-        rows.append((part.__name__, "seconds", f"{time.monotonic() - began:.0f}"))
+    if args.part:
+        return run_part(args)
+    deadline, rows = time.monotonic() + 60 * args.minutes, []
+    parts = args.parts.split(",")
+    started = {part: start_part(part) for part in parts if part in SIDE_BY_SIDE}
+    for part, process in started.items():
+        rows += finish_part(process, part, deadline)
+    for part in parts:
+        if part in ONE_BY_ONE:
+            rows += finish_part(start_part(part), part, deadline)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump({"device": device, "torch": torch.__version__, "rows": rows}, file, indent=1)
     print(f"\n{device}, torch {torch.__version__}\n\n| part | what | result |\n| --- | --- | --- |")
     for row in rows:
         print("|", " | ".join(row), "|")
-    sys.exit(failed)
+    sys.exit(any("FAILED" in result for *_, result in rows))
 
 
 if __name__ == "__main__":
