@@ -43,7 +43,7 @@ import torch
 import torch.nn as nn
 import torch.nn.functional as F
 
-from model import InputError, Packed, Transformer, cap
+from model import InputError, Packed, Transformer, cap, to_device
 
 TERMS = ("tft", "lc", "et")
 CHUNK = {"cpu": 2 ** 25, "cuda": 2 ** 27}       # logits per chunk of the loss; 4 bytes each in fp32
@@ -192,12 +192,12 @@ class DFT(nn.Module):
         for span, target in batch.losses[term]:
             indices += span
             ids += target
-        x = x.index_select(0, batch.packed.index(indices, layer).to(x.device))      # (n, D)
+        x = x.index_select(0, to_device(batch.packed.index(indices, layer), x.device))      # (n, D)
         inner = term != "tft"
         if self.method.lens_norm or not inner:
             x = self.model.norm(x, frozen=inner)
         weight = self.model.head_weight.detach() if inner else self.model.head_weight
-        target = torch.tensor(ids, dtype=torch.long, device=x.device)
+        target = to_device(torch.tensor(ids, dtype=torch.long), x.device)
         limit = self.model.config.final_logit_softcapping
         return cross_entropy(x, weight.to(x.dtype), target, limit, self.nll)
 
@@ -211,11 +211,12 @@ def pool(x, packed: Packed, layer: int, spans: list, how: str = "mean"):
         span = span[-1:] if how == "last" else span
         indices += span
         number += [n] * len(span)
-    states = x.index_select(0, packed.index(indices, layer).to(x.device)).float()   # (n, D)
+    states = x.index_select(0, to_device(packed.index(indices, layer), x.device)).float()  # (n, D)
     number = torch.tensor(number, dtype=torch.long)                                 # (n,)
     count = torch.bincount(number, minlength=len(spans))[:, None]                   # (spans, 1)
-    total = states.new_zeros(len(spans), x.shape[1]).index_add(0, number.to(x.device), states)
-    return total / count.to(x.device)
+    total = states.new_zeros(len(spans), x.shape[1])
+    total = total.index_add(0, to_device(number, x.device), states)
+    return total / to_device(count, x.device)
 
 
 def nll(logits, target, limit: float | None, with_grad: bool):

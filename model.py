@@ -261,10 +261,10 @@ class Transformer(nn.Module):
         """
         top, device = max(layers), self.embed_tokens.weight.device
         # Layer 1, and the layers before which tokens are dropped. Their inputs are made before the
-        # first layer runs, so that the GPU does not wait for the host between layers.
+        # first layer runs, so that the GPU does not wait for the CPU between layers.
         entries = {1} | {depth + 1 for depth in packed.depth if depth < top}
         inputs = {k: attention_inputs(packed, k, self.config, device, self.flex) for k in entries}
-        x = self.embed(torch.tensor(packed.ids, device=device))             # (N, D)
+        x = self.embed(to_device(torch.tensor(packed.ids), device))         # (N, D)
         outputs = {0: x} if 0 in layers else {}
         for k in range(1, top + 1):
             if k in entries:
@@ -453,10 +453,18 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
                 masks[window].append(None)              # one text: plain causal attention
             else:
                 mask = sees(0, 0, index[:, None], index[None, :])           # (T, T)
-                masks[window].append(mask.to(device))
-    cos, sin = rotation(config, position[None].to(device))
-    entering = packed.index(kept, layer - 1).to(device)
+                masks[window].append(to_device(mask, device))
+    cos, sin = rotation(config, to_device(position[None], device))
+    entering = to_device(packed.index(kept, layer - 1), device)
     return AttentionInputs(cos, sin, sizes, masks, entering)
+
+
+def to_device(tensor, device):
+    """A copy of a CPU tensor on the device. It does not wait for the work that a GPU has queued, so
+    that the CPU prepares the next micro-batch while the GPU computes this one."""
+    if torch.device(device).type == "cuda":
+        tensor = tensor.pin_memory()            # from other memory a copy waits
+    return tensor.to(device, non_blocking=True)
 
 
 def visibility(position, row, segment, window):
@@ -484,9 +492,10 @@ def block_mask(position, row, segment, window, device) -> BlockMask:
     first = row_begin[::block] // block
     number = (last - first + 1).int()                                       # (b,) blocks of keys
     which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b): number of them
-    sees = visibility(position.to(device), row.to(device), segment.to(device), window)
-    return BlockMask.from_kv_blocks(number[None, None].to(device), which[None, None].to(device),
-                                    BLOCK_SIZE=block, mask_mod=sees, seq_lengths=(size, size))
+    sees = visibility(*[to_device(field, device) for field in (position, row, segment)], window)
+    number, which = to_device(number[None, None], device), to_device(which[None, None], device)
+    return BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=block, mask_mod=sees,
+                                    seq_lengths=(size, size))
 
 
 def rotation(config: Config, position):
@@ -498,7 +507,7 @@ def rotation(config: Config, position):
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * ramp + freq / s["factor"] * (1 - ramp)
-    angle = position[..., None].float() * freq.to(position.device)          # (B, n, h/2)
+    angle = position[..., None].float() * to_device(freq, position.device)  # (B, n, h/2)
     angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, n, 1, h)
     return angle.cos(), angle.sin()
 

@@ -14,8 +14,9 @@ With --shapes the weights are random. Without --data so are the ids, at lengths 
 --peer FOLDER: another checkout of this project, such as the commit before.
 
 The sides take turns, A B A B, each in its own process, and time the second of two equal steps (on a
-GPU the median of three after one; on a CPU the first step takes only --peer_batch records). Their losses must agree; those of another checkout may differ and are
-then printed. Times of a busy machine vary, so read the ratios.
+GPU the median of three after one; on a CPU the first step takes only --peer_batch records). Their
+losses must agree; those of another checkout may differ and are then printed. Times of a busy
+machine vary, so read the ratios.
 """
 import argparse
 import json
@@ -71,16 +72,19 @@ def random_model(shapes, layers, folder, tokenizer=None, device="cpu"):
 
 
 def random_records(count, vocab_size):
-    """Parallel records of random ids: prompts of 40 tokens and a query, answers of 1 to 400."""
-    draw, records = random.Random(0), []
+    """Parallel records of random ids, as long as those of Chinese Alpaca in LLaMA-2's tokens: on
+    average a prompt of 75 tokens and an answer of 108, in English a query of 20 and an answer of
+    62."""
+    length, token, records = random.Random(13), random.Random(0), []
 
     def ids(n):
-        return [draw.randrange(3, vocab_size) for _ in range(n)]
+        return [token.randrange(3, vocab_size) for _ in range(n)]
 
     for _ in range(count):
-        query, answer = draw.randint(5, 40), 1 + min(400, int(draw.lognormvariate(4, 1)))
-        records.append(Record(ids(40 + query), ids(answer), (30, 30 + query), ids(query),
-                              ids(answer), ids(40 + query), (30, 30 + query)))
+        query, answer = length.randint(5, 35), 1 + min(280, int(length.lognormvariate(3.66, 1)))
+        longer, answer_zh = round(1.8 * query), round(1.73 * answer)
+        records.append(Record(ids(39 + longer), ids(answer_zh), (30, 30 + longer), ids(query),
+                              ids(answer), ids(39 + query), (30, 30 + query)))
     return records
 
 
