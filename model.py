@@ -223,8 +223,9 @@ class Packed:
 @dataclass
 class AttentionInputs:
     """Inputs of attention other than the hidden states. Attention runs on one part at a time: a row
-    or, with FlexAttention, all rows. Consecutive layers with the same tokens share one object."""
-    cos: torch.Tensor           # (B, n / B, 1, h) in fp32: the rotation of each token
+    or, with FlexAttention, all rows and some padding. Consecutive layers with the same tokens share
+    one object."""
+    cos: torch.Tensor           # (B, T, 1, h) in fp32: the rotation of each token
     sin: torch.Tensor
     sizes: list                 # number of tokens of each part
     masks: dict                 # {window: a mask for each part, see Attention.attend_part}
@@ -343,22 +344,25 @@ class Attention(nn.Module):
         self.k_proj, self.v_proj = Linear(D, K * h), Linear(D, K * h)
 
     def forward(self, x, inputs: AttentionInputs):                          # (n, D) -> (n, D)
-        B = len(inputs.cos)
+        B, T = inputs.cos.shape[:2]
         shape = (B, len(x) // B, -1, self.config.head_dim)
-        q = rotate(self.q_proj(x).view(shape), inputs)                      # (B, n / B, H, h)
-        k = rotate(self.k_proj(x).view(shape), inputs)                      # (B, n / B, K, h)
-        v = self.v_proj(x).view(shape)
-        return self.o_proj(self.attend(q, k, v, inputs).reshape(len(x), -1))
+        q, k, v = (f(x).view(shape) for f in (self.q_proj, self.k_proj, self.v_proj))
+        if T > shape[1]:        # FlexAttention's padding, here because torch.compile fuses it
+            q, k, v = (F.pad(y, (0, 0, 0, 0, 0, T - shape[1])) for y in (q, k, v))
+        # q (B, T, H, h), k and v (B, T, K, h)
+        out = self.attend(rotate(q, inputs), rotate(k, inputs), v, inputs)  # (B, T, H, h)
+        return self.o_proj(out[:, :shape[1]].reshape(len(x), -1))
 
     def attend(self, q, k, v, inputs: AttentionInputs):
         """q (B, T, H, h), k and v (B, T, K, h) -> (B, T, H, h), part by part."""
-        masks, sizes = inputs.masks[self.window], inputs.sizes
+        masks = inputs.masks[self.window]
         if inputs.cache is not None:
             cache, rows = inputs.cache[self.index], torch.arange(len(q), device=q.device)[:, None]
             cache[0, rows, inputs.position], cache[1, rows, inputs.position] = k, v
             k, v = cache[:, :, :masks[0].shape[-1]]                         # (R, S, K, h)
+        if len(masks) == 1:
             return self.attend_part(q, k, v, masks[0])
-        parts = zip(q.split(sizes, dim=1), k.split(sizes, dim=1), v.split(sizes, dim=1), masks)
+        parts = zip(*(y.split(inputs.sizes, dim=1) for y in (q, k, v)), masks)
         return torch.cat([self.attend_part(*part) for part in parts], dim=1)
 
     def attend_part(self, q, k, v, mask):
@@ -368,15 +372,14 @@ class Attention(nn.Module):
         key; or a BlockMask, which selects FlexAttention.
         """
         scale, limit = self.config.attn_scale, self.config.attn_logit_softcapping
-        dtype, T, grouped = q.dtype, q.shape[1], q.shape[2] != k.shape[2]
+        dtype, grouped = q.dtype, q.shape[2] != k.shape[2]
         q, k, v = q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)   # (B, H or K, T or S, h)
         if isinstance(mask, BlockMask):
             def capped(score, batch, head, query, key):
                 return cap(score, limit)
-            padding = (0, 0, 0, mask.shape[-1] - T)
-            out = self.flex_attention(F.pad(q, padding), F.pad(k, padding), F.pad(v, padding),
-                                      capped if limit else None, mask, scale, enable_gqa=grouped)
-            return out[:, :, :T].transpose(1, 2)
+            out = self.flex_attention(q, k, v, capped if limit else None, mask, scale,
+                                      enable_gqa=grouped)
+            return out.transpose(1, 2)
         if q.device.type == "cpu":      # CPUs compute attention faster in fp32 than in bf16
             q, k, v = q.float(), k.float(), v.float()
         if limit is None:
@@ -434,20 +437,24 @@ class Linear(nn.Linear):
 # ------------------------------------------------------------------------------ masks and rotations
 
 def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
-    """AttentionInputs of the tokens that enter `layer`: with `flex` (GPUs) all rows are one part,
-    without it each row is a part."""
+    """AttentionInputs of the tokens that enter `layer`. Without `flex` each row is a part. With it
+    (on GPUs) all rows are one part, padded to a power of two to limit recompilation."""
     kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
-    fields = [packed.position, packed.row, packed.segment]
-    position, row, segment = torch.tensor(fields)[:, kept]                  # (n,) each, on the CPU
-    sizes = [len(kept)] if flex else torch.unique_consecutive(row, return_counts=True)[1].tolist()
-    masks = {}
+    entering = to_device(packed.index(kept, layer - 1), device)
+    fields = torch.tensor([packed.position, packed.row, packed.segment])[:, kept]   # (3, n)
+    if flex:
+        n, size = len(kept), max(128, 1 << (len(kept) - 1).bit_length())
+        fields = F.pad(fields, (0, size - n))
+        fields[1, n:] = torch.arange(-size, -n)         # each padding token is its own row
+    position, row, segment = fields                                         # (n or size,) each
+    sizes, masks = torch.unique_consecutive(row, return_counts=True)[1].tolist(), {}
     for window in set(config.windows):
         if flex:
             masks[window] = [block_mask(position, row, segment, window, device)]
             continue
         masks[window] = []
         sees = visibility(position, row, segment, window)
-        for index in torch.arange(len(kept)).split(sizes):                  # (T,) of one row
+        for index in torch.arange(len(row)).split(sizes):                   # (T,) of one row
             T = len(index)
             if position[index[-1]] == T - 1 and (window is None or T <= window):
                 masks[window].append(None)              # one text: plain causal attention
@@ -455,7 +462,6 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
                 mask = sees(0, 0, index[:, None], index[None, :])           # (T, T)
                 masks[window].append(to_device(mask, device))
     cos, sin = rotation(config, to_device(position[None], device))
-    entering = to_device(packed.index(kept, layer - 1), device)
     return AttentionInputs(cos, sin, sizes, masks, entering)
 
 
@@ -479,13 +485,8 @@ def visibility(position, row, segment, window):
 
 def block_mask(position, row, segment, window, device) -> BlockMask:
     """The mask of all rows for FlexAttention: the 128 x 128 blocks to compute and the rule in them.
-
-    Tokens are padded to a power of two to limit recompilation; each padding token is its own row. A
-    block of queries needs the blocks of keys from the beginning of its first row up to itself.
-    """
-    n, size, block = len(position), max(128, 1 << (len(position) - 1).bit_length()), 128
-    row = torch.cat((row, torch.arange(-size, -n)))
-    position, segment = F.pad(position, (0, size - n)), F.pad(segment, (0, size - n))
+    A block of queries needs the blocks of keys from the beginning of its first row up to itself."""
+    size, block = len(row), 128
     counts = torch.unique_consecutive(row, return_counts=True)[1]
     row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
     last = torch.arange(size // block)                                      # (b,) blocks of queries
@@ -499,7 +500,7 @@ def block_mask(position, row, segment, window, device) -> BlockMask:
 
 
 def rotation(config: Config, position):
-    """RoPE (Su et al. 2021) for positions (B, n): cos and sin, each (B, n, 1, h) in fp32."""
+    """RoPE (Su et al. 2021) for positions (B, T): cos and sin, each (B, T, 1, h) in fp32."""
     freq = config.rope_theta ** -(torch.arange(0, config.head_dim, 2).float() / config.head_dim)
     if config.rope_scaling:     # LLaMA-3.1: long wavelengths are stretched by `factor`, with a ramp
         s = config.rope_scaling
@@ -507,13 +508,13 @@ def rotation(config: Config, position):
         ramp = (turns - s["low_freq_factor"]) / (s["high_freq_factor"] - s["low_freq_factor"])
         ramp = ramp.clamp(0, 1)
         freq = freq * ramp + freq / s["factor"] * (1 - ramp)
-    angle = position[..., None].float() * to_device(freq, position.device)  # (B, n, h/2)
-    angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, n, 1, h)
+    angle = position[..., None].float() * to_device(freq, position.device)  # (B, T, h/2)
+    angle = torch.cat((angle, angle), dim=-1)[:, :, None]                   # (B, T, 1, h)
     return angle.cos(), angle.sin()
 
 
 def rotate(x, inputs: AttentionInputs):
-    """Apply RoPE to x (B, n, heads, h); coordinate d is paired with coordinate d + h/2."""
+    """Apply RoPE to x (B, T, heads, h); coordinate d is paired with coordinate d + h/2."""
     a, b = x.chunk(2, dim=-1)
     return x * inputs.cos.to(x.dtype) + torch.cat((-b, a), dim=-1) * inputs.sin.to(x.dtype)
 

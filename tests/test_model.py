@@ -169,6 +169,7 @@ def test_rows_of_different_lengths_are_continued_as_by_transformers_one_by_one(f
 
 
 def test_rows_end_before_any_end_token_and_after_any_id_in_last(family, tmp_path):
+    torch.manual_seed(3)                                # text that varies, see above
     prompts = random_rows((3, 14, 1))
     free = generate(load(family("llama2")), prompts, 10)
     token = next(i for i in free[1][3:] if i not in free[1][:3])        # first at place 3 or later
@@ -389,7 +390,7 @@ BAD_CONFIGS = {
     "a text as a factor": (dict(rope_parameters=None, rope_scaling=dict(
         rope_type="llama3", factor="8", low_freq_factor=1, high_freq_factor=4,
         original_max_position_embeddings=32)), "factor is '8', expected a positive number"),
-    "heads that do not divide": (dict(num_key_value_heads=3), "3 key/value heads of size 8: exp"),
+    "heads that do not divide": (dict(num_key_value_heads=3), "3 key/value heads of size 16: exp"),
     "an odd head": (dict(head_dim=7), "key/value heads of size 7: expected a multiple"),
     "too many layers": (dict(num_hidden_layers=10 ** 9), "num_hidden_layers is 1000000000"),
     "EOS beyond the vocabulary": (dict(eos_token_id=[2, 97]), r"eos_token_id .* is \[2, 97\]"),
