@@ -203,55 +203,62 @@ def peer(settings, config, method, records, model=None, batch=8, liger=False):
 
 
 def one_side(args):
-    """Time a step of one side for each method and print the figures as JSON lines."""
-    model, liger, gpu = None, args.side == "liger", args.device == "cuda"
-    for name in args.method.split(","):
-        settings, *_, records = given = prepare(argparse.Namespace(**{**vars(args),
-                                                                      "method": name}))
+    """Time a step of one side for each of args.cases and print the figures as JSON lines."""
+    model = None
+    for case in args.cases.split(","):
+        name, size = case.split(":")
+        settings, *_, records = given = prepare(argparse.Namespace(**{
+            **vars(args), "method": name, "micro_batch_tokens": int(size)}))
         if args.side == "ours":
             model, losses = ours(*given, model)
         else:
-            model, losses = peer(*given, model, args.peer_batch, liger)
-        optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)  # weights stay equal
-
-        def step(records):
-            began, means = time.perf_counter(), losses(records)
-            torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
-            optimizer.step()
-            optimizer.zero_grad()
-            means = {term: float(value) for term, value in means.items()}       # waits for a GPU
-            return means, time.perf_counter() - began
-
-        _, first = step(records if gpu else records[:args.peer_batch])
-        if gpu:
-            torch.cuda.reset_peak_memory_stats()
-        means, seconds = step(records)
-        if gpu:
-            seconds = statistics.median([seconds, step(records)[1], step(records)[1]])
+            model, losses = peer(*given, model, int(size), liger=args.side == "liger")
         answers = sum(len(record.answer) for record in records)
-        print(json.dumps(dict(
-            method=name, seconds=seconds, first=first, losses=means, answers=answers,
-            mib=train.peak_memory(torch.device(settings.device)),
-            real=answers + sum(len(record.prompt) for record in records))), flush=True)
-        if args.profile:
-            with torch.profiler.profile() as profile:
-                step(records)
-            key = "self_device_time_total" if gpu else "self_cpu_time_total"
-            with open(f"{args.profile}-{name}.txt", "w", encoding="utf-8") as file:
-                for key in dict.fromkeys([key, "self_cpu_time_total"]):
-                    file.write(profile.key_averages().table(sort_by=key, row_limit=40,
-                                                            max_name_column_width=90))
-        del optimizer, losses                   # its moments, before the next method's
+        real = answers + sum(len(record.prompt) for record in records)
+        print(json.dumps(dict(case=case, real=real, answers=answers,
+                              **time_step(args, settings, model, losses, records))), flush=True)
+
+
+def time_step(args, settings, model, losses, records):
+    """Seconds, memory and losses of a step on the records, and seconds of the first one."""
+    gpu = args.device == "cuda"
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0, fused=True)     # weights stay equal
+
+    def step(records):
+        began, means = time.perf_counter(), losses(records)
+        torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
+        optimizer.step()
+        optimizer.zero_grad()
+        means = {term: float(value) for term, value in means.items()}       # waits for a GPU
+        return means, time.perf_counter() - began
+
+    _, first = step(records if gpu else records[:args.peer_batch])
+    if gpu:
+        torch.cuda.reset_peak_memory_stats()
+    means, seconds = step(records)
+    if gpu:
+        seconds = statistics.median([seconds, step(records)[1], step(records)[1]])
+    mib = train.peak_memory(torch.device(settings.device))
+    if args.profile:
+        with torch.profiler.profile() as profile:
+            step(records)
+        key = "self_device_time_total" if gpu else "self_cpu_time_total"
+        with open(f"{args.profile}-{settings.method}.txt", "w", encoding="utf-8") as file:
+            for key in dict.fromkeys([key, "self_cpu_time_total"]):
+                file.write(profile.key_averages().table(sort_by=key, row_limit=40,
+                                                        max_name_column_width=90))
+    return dict(seconds=seconds, first=first, losses=means, mib=mib)
 
 
 # --------------------------------------------------------------------------------- the comparison
 
 def figures(args, side):
     """Run one side, "ours", "transformers", "liger" or a checkout, in a process of its own. Returns
-    its figures for the last method."""
+    its figures."""
     checkout, side = (side, "ours") if os.path.isdir(side) else (ROOT, side)
+    size = args.micro_batch_tokens if side == "ours" else args.peer_batch
     command = [sys.executable, os.path.join(checkout, "tests", "bench.py"), "--side", side,
-               *flags(args, (*SETTINGS, "records", "peer_batch"))]
+               f"--cases={args.method}:{size}", *flags(args, (*SETTINGS, "records", "peer_batch"))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -286,7 +293,7 @@ def main():
     parser.add_argument("--model", help="model folder; with --shapes, only for its tokenizer")
     parser.add_argument("--data", default=RANDOM, help="parallel records; default: random ids")
     parser.add_argument("--records", type=int, default=32)
-    parser.add_argument("--method", default="dft-logits", help="with --side also several: a,b")
+    parser.add_argument("--method", default="dft-logits")
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--lc_layer", type=int, default=2)
     parser.add_argument("--et_layer", type=int, default=14)
@@ -299,6 +306,8 @@ def main():
     parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
     parser.add_argument("--side", help="run and time one side in this process; print JSON")
+    parser.add_argument("--cases", help="with --side: METHOD:SIZE,..., a size in tokens of a "
+                        "micro-batch or, for a peer, in records of a batch")
     parser.add_argument("--profile", help="with --side: profile one more step, to FILE-METHOD.txt",
                         metavar="FILE")
     args = parser.parse_args()
@@ -306,6 +315,7 @@ def main():
         if args.shapes:
             random_model(args.shapes, args.layers, folder, args.model, args.device)
             args.model = folder
+        args.cases = args.cases or f"{args.method}:{args.micro_batch_tokens}"
         one_side(args) if args.side else compare(args)
 
 

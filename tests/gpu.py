@@ -98,7 +98,7 @@ def recompilations(args):
         for name in METHODS:
             settings = bench_settings(args, folder, name, 4, "no" if args.tiny else "yes")
             *given, records = bench.prepare(settings)
-            _, step = bench.ours(*given, records)
+            step = bench.ours(*given, records)[1]
             graphs, size = [], max(1, len(records) // 20)
             for first in range(0, 20 * size, size):
                 step(records[first:first + size])
@@ -138,8 +138,9 @@ def demo(args):
         steps = metrics(Path(folder) / "run")
         yield f"loss at step {len(steps)}", f"{steps[-1]['loss']:.4f}"
         for line in run.output.splitlines():
-            if line.startswith(("| before", "| after")):
-                yield "exact match", line.strip("| ").replace("|", ";")
+            if "exact_match" in line:
+                what, items, before, after = line.strip("| ").split(" | ")
+                yield what, f"before {before}, after {after}, {items} items"
 
 
 # ---------------------------------------------------------------------------------------- speed
@@ -153,51 +154,57 @@ def bench_settings(args, folder, method, layers, compiled, **more):
     return argparse.Namespace(**{**values, **more})
 
 
+# One side of bench.py each: its name, compiled or not, METHOD:SIZE with tokens of a micro-batch or,
+# for a peer, records of a batch. The most telling come first, in case that time runs out.
+SIDES = [("ours", "yes", "tft:4096,tft:8192,dft-logits:8192,dft-feature:8192"),
+         ("liger", "no", "tft:8,tft:16"), ("transformers", "no", "tft:8"),
+         ("ours", "no", "tft:8192"), ("transformers", "no", "dft-logits:8")]
+TINY_SIDES = [("ours", "no", "tft:256,dft-logits:256"), ("transformers", "no", "tft:8")]
+
+
 def speed(args):
     # Enough layers for 18 bytes per parameter in two thirds of 80 GB
     shapes = {"tiny": 4} if args.tiny else {"llama-2-7b": 12, "gemma-2-2b": 26}
-    sides = [("ours", "no"), ("transformers", "no")]
-    if not args.tiny:
-        sides = [("ours", "yes"), ("liger", "no"), ("transformers", "no"), ("ours", "no")]
     with tempfile.TemporaryDirectory() as folder:
         for shape, layers in shapes.items():
             os.mkdir(f"{folder}/{shape}")
             bench.random_model(shape, layers, f"{folder}/{shape}", device=args.device)
         if args.device == "cuda":
             torch.cuda.empty_cache()            # the sides need all of the memory
-        for side, compiled in sides:
+        for side, compiled, cases in TINY_SIDES if args.tiny else SIDES:
             for shape, layers in shapes.items():
-                what = f"{shape}, {layers} layers, {side}{', compiled' * (compiled == 'yes')}"
                 settings = bench_settings(args, f"{folder}/{shape}", "tft", layers, compiled,
                                           records=8 if args.tiny else 128)
-                yield from one_side(args, settings, side, shape, layers, what)
+                what = f"{shape}, {layers} layers, {side}{', compiled' * (compiled == 'yes')}"
+                yield from one_side(args, settings, side, cases, shape, layers, what)
 
 
-def one_side(args, settings, side, shape, layers, what):
-    """The figures of one side of bench.py for its methods."""
-    methods = "tft" if side == "liger" else "tft,dft-logits,dft-feature"
-    command = [sys.executable, TESTS / "bench.py", "--side", side, "--method", methods,
-               *bench.flags(settings, (*[name for name in bench.SETTINGS if name != "method"],
-                                       "records", "peer_batch"))]
+def one_side(args, settings, side, cases, shape, layers, what):
+    """The figures of one side of bench.py."""
+    command = [sys.executable, TESTS / "bench.py", "--side", side, "--cases", cases,
+               *bench.flags(settings, (*bench.SETTINGS, "records", "peer_batch"))]
     if side == "ours" and args.profile:
         command += ["--profile", f"{args.profile}-{shape}-{settings.compile}"]
-    began = time.monotonic()
-    done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    for line in done.stdout.splitlines():
-        if not line.startswith('{"method"'):
+    began, tail = time.monotonic(), []
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    for line in process.stdout:
+        tail = [*tail[-30:], line]
+        if not line.startswith('{"case"'):
             continue
         found = json.loads(line)
         D, M, _, H, K, h, V = bench.SHAPES[shape]
         layer = D * h * (2 * H + 2 * K) + 3 * D * M
         flops = 6 * (layers * layer * found["real"] + D * V * found["answers"])
-        # For an inner loss the FLOPs of its tokens are not counted
-        mfu = f"MFU {100 * flops / found['seconds'] / PEAK:.1f} %, " * (found["method"] == "tft")
-        yield f"{what}, {found['method']}", (
+        mfu = f"MFU {100 * flops / found['seconds'] / PEAK:.1f} %, "
+        if not found["case"].startswith("tft"):         # the FLOPs of inner losses are not counted
+            mfu = ""
+        yield f"{what}, {found['case']}", (
             f"{found['real'] / found['seconds']:,.0f} tokens/s, {mfu}{found['mib']:,.0f} MiB, "
             f"first step {found['first']:.0f} s, loss {sum(found['losses'].values()):.4f}")
-    yield what, f"{time.monotonic() - began:.0f} s in all, exit code {done.returncode}"
-    if done.returncode:
-        print(done.stdout[-3000:], file=sys.stderr)
+    code = process.wait()
+    yield what, f"{time.monotonic() - began:.0f} s in all, exit code {code}"
+    if code:
+        print(*tail, sep="", file=sys.stderr)
         assert side != "ours", what             # a peer may be missing or run out of memory
 
 
@@ -217,7 +224,7 @@ def decoding(args):
 
 SIDE_BY_SIDE = ["tests", *(f"losses:{family}" for family in FAMILIES), "recompilations", "resume",
                 "demo"]
-ONE_BY_ONE = ["decoding", "speed"]
+ONE_BY_ONE = ["speed", "decoding"]
 
 
 def run_part(args):
@@ -227,6 +234,7 @@ def run_part(args):
 
     def show(what, result):
         print(json.dumps([args.part, what, result]), flush=True)
+        print(args.part, what, result, sep=" | ", file=sys.stderr, flush=True)
 
     try:
         for row in globals()[name](args, *more):
@@ -240,24 +248,23 @@ def run_part(args):
 
 
 def start_part(part):
-    return subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--part", part], text=True,
-                            stdout=subprocess.PIPE)
+    """The process that runs the part, and the file of its rows, which remain if it is killed."""
+    output = tempfile.TemporaryFile("w+")
+    return output, subprocess.Popen([sys.executable, __file__, *sys.argv[1:], "--part", part],
+                                    stdout=output)
 
 
-def finish_part(process, part, deadline):
+def finish_part(part, output, process, deadline):
     """Wait for a part until the deadline; its rows."""
+    late = []
     try:
-        printed, _ = process.communicate(timeout=max(1, deadline - time.monotonic()))
-        late = []
+        process.wait(max(1, deadline - time.monotonic()))
     except subprocess.TimeoutExpired:
         subprocess.run(["pkill", "-9", "-P", str(process.pid)])        # what the part has started
         process.kill()
-        printed, _ = process.communicate()
-        late = [[part, "all of it", "FAILED: out of time"]]
-    rows = [json.loads(line) for line in printed.splitlines() if line.startswith("[")] + late
-    for row in rows:
-        print(*row, sep=" | ", flush=True)
-    return rows
+        late = [[part, "the rest", "FAILED: out of time"]]
+    output.seek(0)
+    return [json.loads(line) for line in output if line.startswith("[")] + late
 
 
 def main():
@@ -276,11 +283,11 @@ def main():
     deadline, rows = time.monotonic() + 60 * args.minutes, []
     parts = args.parts.split(",")
     started = {part: start_part(part) for part in parts if part in SIDE_BY_SIDE}
-    for part, process in started.items():
-        rows += finish_part(process, part, deadline)
+    for part, started_part in started.items():
+        rows += finish_part(part, *started_part, deadline)
     for part in parts:
         if part in ONE_BY_ONE:
-            rows += finish_part(start_part(part), part, deadline)
+            rows += finish_part(part, *start_part(part), deadline)
     device = torch.cuda.get_device_name() if args.device == "cuda" else "CPU"
     with open(args.out, "w", encoding="utf-8") as file:
         json.dump({"device": device, "torch": torch.__version__, "rows": rows}, file, indent=1)

@@ -105,8 +105,9 @@ def test_the_script_for_a_gpu_runs_every_part_on_a_cpu(tmp_path):
                            "--out", tmp_path / "gpu.json"], capture_output=True, text=True)
     rows = json.loads((tmp_path / "gpu.json").read_text())["rows"]
     count = Counter(part for part, *_ in rows)
-    assert count == {"tests": 2, "losses": 19, "recompilations": 4, "resume": 2, "speed": 3,
-                     "decoding": 2}, done.stderr
+    families = {f"losses:{family}": 7 for family in ("llama2", "llama3", "gemma2-mild")}
+    assert count == {**families, "tests": 2, "recompilations": 4, "resume": 2, "demo": 6,
+                     "speed": 6, "decoding": 2}, done.stderr
     assert done.returncode == 0 and "FAILED" not in done.stdout
 
 
