@@ -735,8 +735,8 @@ def parse(argv=None) -> argparse.Namespace:
         choices=DTYPES)
     add("--compile", "auto", "use torch.compile and FlexAttention; auto: yes on GPUs, no on CPUs",
         choices=["auto", "yes", "no"])
-    add("--micro_batch_tokens", 4096, "tokens per GPU and forward pass; fewer save memory, with "
-        "the same result")
+    add("--micro_batch_tokens", 4096, "tokens per GPU and forward pass: more are faster on GPUs, "
+        "fewer save memory, the result is the same")
     add("--activation_checkpointing", False, "recompute layers in backward to save memory")
     add("--cpu_offload", False, "keep weights, gradients, moments in host memory; needs torchrun")
     add("--save_every", 100, "steps between checkpoints; 0: only at the end or after a signal")

@@ -256,9 +256,8 @@ def figures(args, side):
     """Run one side, "ours", "transformers", "liger" or a checkout, in a process of its own. Returns
     its figures."""
     checkout, side = (side, "ours") if os.path.isdir(side) else (ROOT, side)
-    size = args.micro_batch_tokens if side == "ours" else args.peer_batch
     command = [sys.executable, os.path.join(checkout, "tests", "bench.py"), "--side", side,
-               f"--cases={args.method}:{size}", *flags(args, (*SETTINGS, "records", "peer_batch"))]
+               *flags(args, (*SETTINGS, "records", "peer_batch"))]
     done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -315,7 +314,8 @@ def main():
         if args.shapes:
             random_model(args.shapes, args.layers, folder, args.model, args.device)
             args.model = folder
-        args.cases = args.cases or f"{args.method}:{args.micro_batch_tokens}"
+        size = args.micro_batch_tokens if args.side == "ours" else args.peer_batch
+        args.cases = args.cases or f"{args.method}:{size}"
         one_side(args) if args.side else compare(args)
 
 
