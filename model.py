@@ -42,6 +42,9 @@ def pick_device(name: str) -> str:
     """The device type for auto, cpu or cuda; auto is cuda where there is one."""
     # cuDNN's attention builds a plan for every new length, which takes about a second.
     torch.backends.cuda.enable_cudnn_sdp(False)
+    # In bf16 on CPUs, oneDNN keeps kernels of megabytes for every length, up to 1,024 of them.
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     if name == "cuda" and not torch.cuda.is_available():
         raise InputError("--device cuda: no CUDA device; use --device cpu or a CUDA build of torch")
     if name == "auto":

@@ -112,13 +112,14 @@ def test_the_script_for_a_gpu_runs_every_part_on_a_cpu(tmp_path):
     assert done.returncode == 0 and "FAILED" not in done.stdout
 
 
-GROWTH = """
-import resource, torch, train
+RESIDENT = """
+import resource, torch, model, train
 
 def resident():
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[1]) * resource.getpagesize() / 2 ** 20
-
+        return int(file.read().split()[1]) * resource.getpagesize() / 2 ** 20      # MiB
+"""
+FREED = RESIDENT + """
 def growth():
     before = resident()
     torch.ones(2 ** 24)     # 64 MiB, freed at once
@@ -128,14 +129,30 @@ print(growth())
 train.start(train.parse(["--device", "cpu"]))
 print(growth())
 """
+LENGTHS = RESIDENT + """
+model.pick_device("cpu")
+layer = model.Linear(512, 512)
+for length in range(300, 600):
+    layer(torch.ones(length, 512, dtype=torch.bfloat16)).sum().backward()
+    if length == 340:
+        before = resident()
+print(resident() - before)
+"""
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="needs glibc's malloc")
 def test_memory_that_a_step_freed_is_kept_by_the_process():
     """The process grows by a freed block of 64 MiB after train.start(), and not before it."""
-    out = subprocess.check_output([sys.executable, "-c", GROWTH], cwd=ROOT, text=True)
+    out = subprocess.check_output([sys.executable, "-c", FREED], cwd=ROOT, text=True)
     returned, kept = out.split()
     assert float(returned) < 32 < float(kept)
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /proc")
+def test_memory_in_bf16_does_not_grow_with_every_new_length():
+    """With oneDNN's default caches it grew by 409 MiB."""
+    out = subprocess.check_output([sys.executable, "-c", LENGTHS], cwd=ROOT, text=True)
+    assert float(out) < 100
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU: compiled FlexAttention")
