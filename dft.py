@@ -153,36 +153,37 @@ class DFT(nn.Module):
         self.model.compile_layers(flex)
         self.nll = torch.compile(nll, dynamic=True)
 
-    def forward(self, batch: Batch) -> dict:
+    def forward(self, batch: Batch | tuple) -> dict:
         """{term: the sum of its losses, a scalar in fp32}.
 
-        If batch is a tuple of arguments for lens(), its result; it must pass through here because
-        of FSDP."""
+        For a tuple (packed, indices, ids) it returns lens(self.model, packed, indices, ids): under
+        FSDP the weights are whole only inside forward()."""
         if isinstance(batch, tuple):
             return lens(self.model, *batch)
         method, L = self.method, self.model.config.num_hidden_layers
         signals = method.signals()
-        h = self.model(batch.packed, (L, *(method.layer(term) for term in signals)))
+        # {k: the output of layer k, (N_k, D)}
+        outputs = self.model(batch.packed, (L, *(method.layer(term) for term in signals)))
         layers_en = {"lc": method.lc_layer, "et": L}            # layers of the English side
         if len(batch.english):
             used = tuple(layers_en[term] for term in signals if signals[term] == "feature")
             with torch.set_grad_enabled(method.english_grad and torch.is_grad_enabled()):
-                h_en = self.model(batch.english, used)
-        sums = {"tft": self.logits_loss(h[L], L, batch, "tft")}                             # (2)
+                outputs_en = self.model(batch.english, used)
+        sums = {"tft": self.logits_loss(outputs[L], L, batch, "tft")}                       # (2)
         for term, signal in signals.items():
             layer = method.layer(term)
             if signal == "logits":
-                sums[term] = self.logits_loss(h[layer], layer, batch, term)            # (3), (4)
+                sums[term] = self.logits_loss(outputs[layer], layer, batch, term)      # (3), (4)
                 continue
             layer_en = layers_en[term]
-            states_en = h_en[layer_en]
+            states_en = outputs_en[layer_en]
             if term == "et":                    # h_L as transformers returns it: after the norm
                 states_en = self.model.norm(states_en, frozen=True)
             spans = [span for span, _ in batch.losses[term]]
             spans_en = [span for _, span in batch.losses[term]]
             # (pairs, D) each
             pooled_en = pool(states_en, batch.english, layer_en, spans_en, method.pool)
-            pooled = pool(h[layer], batch.packed, layer, spans, method.pool)
+            pooled = pool(outputs[layer], batch.packed, layer, spans, method.pool)
             sums[term] = (1 - F.cosine_similarity(pooled_en, pooled, dim=-1)).sum()    # (5), (6)
         return sums
 
@@ -206,22 +207,23 @@ def pool(x, packed: Packed, layer: int, spans: list, how: str = "mean"):
     """Pool the output x (N_k, D) of `layer` over each span -> (spans, D) in fp32.
 
     spans: lists of flat indices; how: the "mean" over the tokens or the "last" token."""
-    indices, number = [], []                    # number: the span that a state belongs to
-    for n, span in enumerate(spans):
+    indices, span_of = [], []                   # span_of: the number of the span of each state
+    for number, span in enumerate(spans):
         span = span[-1:] if how == "last" else span
         indices += span
-        number += [n] * len(span)
+        span_of += [number] * len(span)
     states = x.index_select(0, to_device(packed.index(indices, layer), x.device)).float()  # (n, D)
-    number = torch.tensor(number, dtype=torch.long)                                 # (n,)
-    count = torch.bincount(number, minlength=len(spans))[:, None]                   # (spans, 1)
+    span_of = torch.tensor(span_of, dtype=torch.long)                               # (n,)
+    count = torch.bincount(span_of, minlength=len(spans))[:, None]                   # (spans, 1)
     total = states.new_zeros(len(spans), x.shape[1])
-    total = total.index_add(0, to_device(number, x.device), states)
+    total = total.index_add(0, to_device(span_of, x.device), states)
     return total / to_device(count, x.device)
 
 
 def nll(logits, target, limit: float | None, with_grad: bool):
-    """Logits (c, V) before their cap, target (c, 1) -> the summed -log softmax(cap(logits))[target]
-    in fp32, and its gradient for the logits, (c, V) in their dtype, or None."""
+    """Logits (c, V) of a chunk before their cap, target (c, 1) -> the summed
+    -log softmax(cap(logits))[target] in fp32, and its gradient for the logits, (c, V) in their
+    dtype, or None."""
     z = cap(logits.float(), limit)
     logp = z.log_softmax(-1)
     loss = -logp.gather(1, target).sum()
@@ -287,12 +289,13 @@ class FusedCrossEntropy(torch.autograd.Function):
 def lens(model: Transformer, packed: Packed, indices: list, ids):
     """The logit lens: final norm and head on the output of each layer 0..L, at n flat indices.
 
-    Returns the entropy in nats, (L + 1, n), and the probabilities of the candidate ids (n, c),
-    (L + 1, n, c), both in fp32 on the CPU. All tokens of `packed` must have depth L.
+    Returns the entropy in nats, (L + 1, n), and the probabilities of the candidate ids (n, m),
+    (L + 1, n, m), both in fp32 on the CPU. All tokens of `packed` must have depth L.
     """
-    h = model(packed, tuple(range(model.config.num_hidden_layers + 1)))
-    entropy, probability = torch.empty(len(h), len(indices)), torch.empty(len(h), *ids.shape)
-    for k, x in h.items():
+    outputs = model(packed, tuple(range(model.config.num_hidden_layers + 1)))
+    entropy = torch.empty(len(outputs), len(indices))
+    probability = torch.empty(len(outputs), *ids.shape)
+    for k, x in outputs.items():
         for part in torch.arange(len(indices)).split(256):          # to save memory
             chunk = torch.tensor(indices)[part].to(x.device)
             p = model.logits(x[chunk]).softmax(-1)                                   # (<= 256, V)

@@ -4,7 +4,7 @@ There is no training code here. On a first reading, stop at the first "supportin
 
 Shapes, in every file of this project:
     N  tokens of all rows, laid end to end      V  vocabulary size      T  query tokens of attention
-    N_k  those after layer k      R  rows       L  layers               S  key tokens of attention
+    N_k  those in layer k         R  rows       L  layers               S  key tokens of attention
     D  hidden size    H  query heads    K  key/value heads    h  size of a head    n  any number
     B  batch of attention: 1 in training, R in generation
 
@@ -228,9 +228,9 @@ class AttentionInputs:
     """Inputs of attention other than the hidden states. Attention runs on one part at a time: a row
     or, with FlexAttention, all rows and some padding. Consecutive layers with the same tokens share
     one object."""
-    cos: torch.Tensor           # (B, T, 1, h) in fp32: the rotation of each token
+    cos: torch.Tensor           # (B, T, 1, h) in fp32: the rotation of each token of all parts
     sin: torch.Tensor
-    sizes: list                 # number of tokens of each part
+    sizes: list                 # number of tokens of each part; their sum is T
     masks: dict                 # {window: a mask for each part, see Attention.attend_part}
     entering: torch.Tensor | None = None    # (n,) rows of the output of the layer below
     # Generation: the keys and values so far, and where in them these tokens go; see next_logits().
@@ -297,7 +297,9 @@ class Transformer(nn.Module):
     def compile_layers(self, flex: bool) -> None:
         """Use torch.compile for the layers and, with `flex`, FlexAttention, which has no backward
         pass on CPUs. Attention stays outside the compiled layers because its masks change."""
-        torch._dynamo.config.recompile_limit = 64       # per kind of layer, gradient mode and size
+        # All layers share compiled functions, which need a graph for each kind of layer, gradient
+        # mode and padded size.
+        torch._dynamo.config.recompile_limit = 64
         self.flex = flex
         compiled = torch.compile(flex_attention, dynamic=False) if flex else flex_attention
         for layer in self.layers:
@@ -369,7 +371,7 @@ class Attention(nn.Module):
         return torch.cat([self.attend_part(*part) for part in parts], dim=1)
 
     def attend_part(self, q, k, v, mask):
-        """q (B, T, H, h), k and v (B, S, K, h) -> (B, T, H, h).
+        """q (B, T, H, h), k and v (B, S, K, h) of one part -> (B, T, H, h).
 
         mask: None for causal; a bool tensor that expands to (B, H, T, S), True where a query sees a
         key; or a BlockMask, which selects FlexAttention.
@@ -448,9 +450,11 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
     if flex:
         n, size = len(kept), max(128, 1 << (len(kept) - 1).bit_length())
         fields = F.pad(fields, (0, size - n))
-        fields[1, n:] = torch.arange(-size, -n)         # each padding token is its own row
+        # Each padding token is a row of its own, so that it sees itself and its softmax is no NaN.
+        fields[1, n:] = torch.arange(-size, -n)
     position, row, segment = fields                                         # (n or size,) each
     sizes, masks = torch.unique_consecutive(row, return_counts=True)[1].tolist(), {}
+    sizes = [len(row)] if flex else sizes
     for window in set(config.windows):
         if flex:
             masks[window] = [block_mask(position, row, segment, window, device)]
@@ -459,8 +463,9 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
         sees = visibility(position, row, segment, window)
         for index in torch.arange(len(row)).split(sizes):                   # (T,) of one row
             T = len(index)
+            # The last position is T - 1 only if no segment begins where another one began.
             if position[index[-1]] == T - 1 and (window is None or T <= window):
-                masks[window].append(None)              # one text: plain causal attention
+                masks[window].append(None)              # plain causal attention
             else:
                 mask = sees(0, 0, index[:, None], index[None, :])           # (T, T)
                 masks[window].append(to_device(mask, device))
@@ -469,15 +474,16 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
 
 
 def to_device(tensor, device):
-    """A copy of a CPU tensor on the device. It does not wait for the work that a GPU has queued, so
-    that the CPU prepares the next micro-batch while the GPU computes this one."""
+    """A CPU tensor on the device. A copy to a GPU does not wait for the work that is queued there,
+    so that the CPU prepares the next micro-batch while the GPU computes this one."""
     if torch.device(device).type == "cuda":
-        tensor = tensor.pin_memory()            # from other memory a copy waits
+        tensor = tensor.pin_memory()            # a copy from other memory would wait
     return tensor.to(device, non_blocking=True)
 
 
 def visibility(position, row, segment, window):
-    """The rule which tokens see each other, from their fields (n,); a mask_mod of FlexAttention."""
+    """The rule that says which tokens see each other, from their fields (n,); it is a mask_mod of
+    FlexAttention."""
     def sees(batch, head, query, key):
         same_text = (segment[key] == 0) | (segment[key] == segment[query])
         near = position[query] - position[key] < (window or len(position))
@@ -492,10 +498,11 @@ def block_mask(position, row, segment, window, device) -> BlockMask:
     size, block = len(row), 128
     counts = torch.unique_consecutive(row, return_counts=True)[1]
     row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
-    last = torch.arange(size // block)                                      # (b,) blocks of queries
-    first = row_begin[::block] // block
-    number = (last - first + 1).int()                                       # (b,) blocks of keys
-    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b): number of them
+    # For each of the b blocks of queries: its last and first block of keys, how many, and which.
+    last = torch.arange(size // block)                                      # (b,)
+    first = row_begin[::block] // block                                     # (b,)
+    number = (last - first + 1).int()                                       # (b,)
+    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, number or more)
     sees = visibility(*[to_device(field, device) for field in (position, row, segment)], window)
     number, which = to_device(number[None, None], device), to_device(which[None, None], device)
     return BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=block, mask_mod=sees,

@@ -2,7 +2,7 @@
 
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --method dft-logits --dtype fp32
     python tests/bench.py --model SmolLM2-135M --data zh.jsonl --peer ../before
-    python tests/bench.py --shapes llama-2-7b --layers 4 --device cuda       no files are needed
+    python tests/bench.py --shapes llama-2-7b --layers 8 --et_layer 4 --device cuda   needs no files
     python tests/bench.py --shapes gemma-2-2b --device cuda --dtype bf16 --side ours --profile FILE
 
 --peer transformers: the same losses as one would write them first. Padded batches of --peer_batch
@@ -13,9 +13,9 @@ text), and for features one without gradient for the English text.
 With --shapes the weights are random. Without --data so are the ids, at lengths like Alpaca's.
 --peer FOLDER: another checkout of this project, such as the commit before.
 
-The sides take turns, A B A B, each in its own process, and time the second of two equal steps (on a
-GPU the median of three after one; on a CPU the first step takes only --peer_batch records). Their
-losses must agree; those of another checkout may differ and are then printed. Times of a busy
+The sides take turns, A B A B, each in its own process. After a first step, which on a CPU takes
+only --peer_batch records, one step is timed on a CPU and three on a GPU, whose median counts.
+Their losses must agree; those of another checkout may differ and are then printed. Times of a busy
 machine vary, so read the ratios.
 """
 import argparse
@@ -80,7 +80,7 @@ def random_records(count, vocab_size):
     def ids(n):
         return [token.randrange(3, vocab_size) for _ in range(n)]
 
-    for _ in range(count):
+    for _ in range(count):          # the template has 39 tokens, 30 of them before the query
         query, answer = length.randint(5, 35), 1 + min(280, int(length.lognormvariate(3.66, 1)))
         longer, answer_zh = round(1.8 * query), round(1.73 * answer)
         records.append(Record(ids(39 + longer), ids(answer_zh), (30, 30 + longer), ids(query),
@@ -147,14 +147,15 @@ def peer(settings, config, method, records, model=None, batch=8, liger=False):
         return pad_sequence(rows, batch_first=True, padding_value=value).to(settings.device)
 
     def run_model(texts, **more):
-        """transformers' output for a padded batch of [(prompt, continuation)]."""
+        """transformers' output for a padded batch of R [(prompt, continuation)]."""
         ids = padded([prompt + text for prompt, text in texts])
         seen = padded([[1] * len(prompt + text) for prompt, text in texts])
         with autocast:
             return model(ids, attention_mask=seen, output_hidden_states=not liger, **more)
 
     def predict(texts, layer):
-        """(cross-entropy of the continuations, summed; all hidden states (R, T, D))."""
+        """(cross-entropy of the continuations, summed; the L + 1 hidden states, (R, T, D) each, or
+        None with Liger)."""
         labels = padded([[-100] * len(prompt) + list(text) for prompt, text in texts], -100)
         if liger:                   # its fused loss, a mean, makes no logits
             return run_model(texts, labels=labels).loss * (labels != -100).sum(), None
@@ -179,19 +180,19 @@ def peer(settings, config, method, records, model=None, batch=8, liger=False):
             h_en = run_model([(r.prompt_en, r.answer_en) for r in part]).hidden_states
         lc = F.cosine_similarity(pooled(h_en[i], [r.prompt_en_query for r in part]),
                                  pooled(h[i], [r.query for r in part]))
-        answers = [(len(r.prompt), len(r.prompt + r.answer)) for r in part]
-        answers_en = [(len(r.prompt_en), len(r.prompt_en + r.answer_en)) for r in part]
-        et = F.cosine_similarity(pooled(h_en[L], answers_en), pooled(h[j], answers))
+        ranges = [(len(r.prompt), len(r.prompt + r.answer)) for r in part]
+        ranges_en = [(len(r.prompt_en), len(r.prompt_en + r.answer_en)) for r in part]
+        et = F.cosine_similarity(pooled(h_en[L], ranges_en), pooled(h[j], ranges))
         return {"lc": (1 - lc).sum(), "et": (1 - et).sum()}
 
     def losses(records):
         counts, means = lay_out(records, method, L).counts, {}
         for begin in range(0, len(records), batch):
             part = records[begin:begin + batch]
-            answers, h = predict([(r.prompt, r.answer) for r in part], L)
+            tft, h = predict([(r.prompt, r.answer) for r in part], L)
             english = features(part, h) if method.lc == "feature" else {}
-            backward({"tft": answers, **english}, counts, means)
-            del answers, english, h             # frees them before the next pass
+            backward({"tft": tft, **english}, counts, means)
+            del tft, english, h                 # frees them before the next pass
             if method.lc == "logits":
                 lc, _ = predict([(r.prompt, r.query_en) for r in part], i)
                 backward({"lc": lc}, counts, means)
@@ -207,15 +208,16 @@ def one_side(args):
     model = None
     for case in args.cases.split(","):
         name, size = case.split(":")
-        settings, *_, records = given = prepare(argparse.Namespace(**{
-            **vars(args), "method": name, "micro_batch_tokens": int(size)}))
+        args.method = name
+        settings, *_, records = given = prepare(args)
         if args.side == "ours":
+            settings.micro_batch_tokens = int(size)
             model, losses = ours(*given, model)
         else:
             model, losses = peer(*given, model, int(size), liger=args.side == "liger")
         answers = sum(len(record.answer) for record in records)
-        real = answers + sum(len(record.prompt) for record in records)
-        print(json.dumps(dict(case=case, real=real, answers=answers,
+        tokens = answers + sum(len(record.prompt) for record in records)
+        print(json.dumps(dict(case=case, tokens=tokens, answer_tokens=answers,
                               **time_step(args, settings, model, losses, records))), flush=True)
 
 
@@ -242,11 +244,11 @@ def time_step(args, settings, model, losses, records):
     if args.profile:
         with torch.profiler.profile() as profile:
             step(records)
-        key = "self_device_time_total" if gpu else "self_cpu_time_total"
+        averages = profile.key_averages()
         with open(f"{args.profile}-{settings.method}.txt", "w", encoding="utf-8") as file:
-            for key in dict.fromkeys([key, "self_cpu_time_total"]):
-                file.write(profile.key_averages().table(sort_by=key, row_limit=40,
-                                                        max_name_column_width=90))
+            for device in ("device", "cpu") if gpu else ("cpu",):
+                file.write(averages.table(sort_by=f"self_{device}_time_total", row_limit=40,
+                                          max_name_column_width=90))
     return dict(seconds=seconds, first=first, losses=means, mib=mib)
 
 
@@ -274,7 +276,7 @@ def compare(args):
             print(f"the loss {term} differs: {loss} here, {other} in {args.peer}")
             if not os.path.isdir(args.peer):
                 sys.exit(1)
-    tokens = here[0]["real"]
+    tokens = here[0]["tokens"]
     print(f"{args.method} {args.dtype}, {args.records} records, {tokens:,} tokens of prompts and "
           f"answers; losses {here[0]['losses']}")
     for name, side in (("ours", here), (args.peer, there)):
@@ -292,7 +294,8 @@ def main():
     parser.add_argument("--model", help="model folder; with --shapes, only for its tokenizer")
     parser.add_argument("--data", default=RANDOM, help="parallel records; default: random ids")
     parser.add_argument("--records", type=int, default=32)
-    parser.add_argument("--method", default="dft-logits")
+    parser.add_argument("--method", default="dft-logits",
+                        choices=["tft", "dft-logits", "dft-feature"])
     parser.add_argument("--dtype", default="fp32", choices=["fp32", "bf16"])
     parser.add_argument("--lc_layer", type=int, default=2)
     parser.add_argument("--et_layer", type=int, default=14)

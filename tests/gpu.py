@@ -1,22 +1,24 @@
-"""Everything about the GPU path that is worth knowing, in one run of at most eight minutes.
+"""Checks and timings on one GPU, in at most eight minutes.
 
     python tests/gpu.py --out gpu.json                  one NVIDIA GPU
     python tests/gpu.py --device cpu --tiny             only shows that this script works
 
-Prints a table, writes it as JSON, and exits with 1 if a part failed. The first parts run side by
-side, each in its own process; those that measure time follow one by one:
+Prints a table, writes it as JSON, and exits with 1 if a part failed or did not finish in time. The
+first parts run side by side, each in its own process; those that measure time follow one by one:
 
     tests           the tests of test_fast.py that need a GPU
-    losses          for a family: loss and gradient on the device against a CPU in fp32, three
-                    methods, two dtypes, plain and compiled: the distance divided by the length
-    recompilations  graphs that are compiled after 4 steps of 20, for records of all lengths
+    losses:FAMILY   for a tiny llama2, llama3 or gemma2-mild: loss and gradient on the device
+                    against a CPU in fp32, three methods, two dtypes, plain and compiled: the
+                    distance divided by the length
+    recompilations  graphs that are compiled after 4 of 20 steps with records of different lengths
     resume          torchrun with one rank, killed after a checkpoint and started again, against an
                     undisturbed run: the largest relative difference of a loss
     demo            `python train.py`, the demo with its questions
     speed           tests/bench.py: tokens of prompts and answers per second of a whole step, their
                     FLOPs over the peak of an H100 (MFU), memory; compiled and plain, transformers,
                     transformers with Liger
-    decoding        new tokens per second, greedy, 32 prompts in a batch
+    decoding        new tokens per second of generate(): 32 prompts, read one by one, then up to 64
+                    tokens for each in a batch
 """
 import argparse
 import json
@@ -32,7 +34,8 @@ import bench
 import torch
 from conftest import random_model
 from runs import Run, launch, metrics, write_data
-from test_dft import gradients, make_records, objective, ours
+from test_dft import gradients, make_records, objective
+from test_dft import ours as sums_and_counts
 from torch._dynamo.utils import counters
 
 import train
@@ -41,7 +44,8 @@ from model import DTYPES, generate, load
 
 TESTS = Path(__file__).parent
 PEAK = 989e12               # FLOP/s of an H100 in bf16
-BOUNDS = {"fp32": 1e-3, "bf16": 0.2}    # of a gradient; a wrong mask, index or factor gives about 1
+# Of the relative distances of a loss or a gradient; a wrong mask, index or factor gives about 1.
+BOUNDS = {"fp32": 1e-3, "bf16": 0.2}
 METHODS = {"tft": Method("none", "none"), "dft-logits": Method("logits", "logits", 1, 3),
            "dft-feature": Method("feature", "feature", 1, 3)}
 FAMILIES = ("llama2", "llama3", "gemma2-mild")
@@ -84,7 +88,7 @@ def distances(folder, method, dtype, compiled, args):
         fast.compile_parts(flex=True)
     values, flat = [], []
     for model in (slow, fast):
-        loss = objective(ours(model, make_records()))
+        loss = objective(sums_and_counts(model, make_records()))
         grads = gradients(model, loss)
         values.append(loss.item())
         flat.append(torch.cat([grads[key].float().cpu().flatten() for key in sorted(grads)]))
@@ -100,9 +104,10 @@ def recompilations(args):
             *given, records = bench.prepare(settings)
             step = bench.ours(*given, records)[1]
             graphs, size = [], max(1, len(records) // 20)
+            before = counters["stats"]["unique_graphs"]         # of the methods before this one
             for first in range(0, 20 * size, size):
                 step(records[first:first + size])
-                graphs.append(counters["stats"]["unique_graphs"])
+                graphs.append(counters["stats"]["unique_graphs"] - before)
             failed = f"FAILED: {graphs}: " if graphs[-1] > graphs[3] else ""
             yield name, f"{failed}{graphs[-1] - graphs[3]} after step 4, {graphs[3]} until then"
 
@@ -163,7 +168,8 @@ TINY_SIDES = [("ours", "no", "tft:256,dft-logits:256"), ("transformers", "no", "
 
 
 def speed(args):
-    # Enough layers for 18 bytes per parameter in two thirds of 80 GB
+    # As many layers as fit into two thirds of 80 GB with 18 bytes per parameter: the weight, its
+    # gradient and two moments in fp32, and a copy of the weight in bf16
     shapes = {"tiny": 4} if args.tiny else {"llama-2-7b": 12, "gemma-2-2b": 26}
     with tempfile.TemporaryDirectory() as folder:
         for shape, layers in shapes.items():
@@ -176,10 +182,10 @@ def speed(args):
                 settings = bench_settings(args, f"{folder}/{shape}", "tft", layers, compiled,
                                           records=8 if args.tiny else 128)
                 what = f"{shape}, {layers} layers, {side}{', compiled' * (compiled == 'yes')}"
-                yield from one_side(args, settings, side, cases, shape, layers, what)
+                yield from run_side(args, settings, side, cases, shape, layers, what)
 
 
-def one_side(args, settings, side, cases, shape, layers, what):
+def run_side(args, settings, side, cases, shape, layers, what):
     """The figures of one side of bench.py."""
     command = [sys.executable, TESTS / "bench.py", "--side", side, "--cases", cases,
                *bench.flags(settings, (*bench.SETTINGS, "records", "peer_batch"))]
@@ -194,12 +200,12 @@ def one_side(args, settings, side, cases, shape, layers, what):
         found = json.loads(line)
         D, M, _, H, K, h, V = bench.SHAPES[shape]
         layer = D * h * (2 * H + 2 * K) + 3 * D * M
-        flops = 6 * (layers * layer * found["real"] + D * V * found["answers"])
+        flops = 6 * (layers * layer * found["tokens"] + D * V * found["answer_tokens"])
         mfu = f"MFU {100 * flops / found['seconds'] / PEAK:.1f} %, "
         if not found["case"].startswith("tft"):         # the FLOPs of inner losses are not counted
             mfu = ""
         yield f"{what}, {found['case']}", (
-            f"{found['real'] / found['seconds']:,.0f} tokens/s, {mfu}{found['mib']:,.0f} MiB, "
+            f"{found['tokens'] / found['seconds']:,.0f} tokens/s, {mfu}{found['mib']:,.0f} MiB, "
             f"first step {found['first']:.0f} s, loss {sum(found['losses'].values()):.4f}")
     code = process.wait()
     yield what, f"{time.monotonic() - began:.0f} s in all, exit code {code}"
@@ -222,6 +228,8 @@ def decoding(args):
 
 # ----------------------------------------------------------------------------------------- main
 
+PARTS = dict(tests=tests, losses=losses, recompilations=recompilations, resume=resume, demo=demo,
+             speed=speed, decoding=decoding)
 SIDE_BY_SIDE = ["tests", *(f"losses:{family}" for family in FAMILIES), "recompilations", "resume",
                 "demo"]
 ONE_BY_ONE = ["speed", "decoding"]
@@ -237,7 +245,7 @@ def run_part(args):
         print(args.part, what, result, sep=" | ", file=sys.stderr, flush=True)
 
     try:
-        for row in globals()[name](args, *more):
+        for row in PARTS[name](args, *more):
             show(*row)
     except Exception as error:
         show(name, f"FAILED: {type(error).__name__}: {str(error)[:1000]}")
@@ -282,6 +290,12 @@ def main():
         return run_part(args)
     deadline, rows = time.monotonic() + 60 * args.minutes, []
     parts = args.parts.split(",")
+    known = SIDE_BY_SIDE + ONE_BY_ONE
+    for part in parts:
+        if part not in known:
+            parser.error(f"no part {part!r}; expected some of {', '.join(known)}")
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        parser.error(f"--out {args.out}: no such folder")
     started = {part: start_part(part) for part in parts if part in SIDE_BY_SIDE}
     for part, started_part in started.items():
         rows += finish_part(part, *started_part, deadline)

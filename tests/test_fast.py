@@ -45,18 +45,25 @@ def test_block_masks_hold_the_rule_and_every_block_that_it_needs(family, layer, 
     assert not (seen & ~computed).any() and computed.float().mean() < 0.5
 
 
+@pytest.mark.parametrize("checkpointing", (False, True))
 @pytest.mark.parametrize("name", ("llama3", "gemma2-mild"))
 @pytest.mark.parametrize("signal", ("logits", "feature"))
-def test_flex_attention_equals_attention_row_by_row(family, signal, name, monkeypatch):
-    """Uncompiled: CPUs have no compiled backward pass, which flex_attention checks at each call."""
+def test_flex_attention_equals_attention_row_by_row(family, signal, name, checkpointing,
+                                                    monkeypatch):
+    """Traced as on a GPU, but without kernels: CPUs have none for its backward pass, which
+    flex_attention checks at each call. (Without a trace, checkpointing gives wrong gradients.)"""
     check = Mock()
     monkeypatch.setattr(flex, "_validate_device", check)
     method, records = Method(signal, signal, 1, 3), make_records()
     plain, fast = DFT(load(family(name)), method), DFT(load(family(name)), method)
     fast.model.flex = True
+    torch._dynamo.reset()                                   # graphs count up to a limit
+    traced = torch.compile(flex.flex_attention, backend="aot_eager", dynamic=False)
+    for layer in fast.model.layers:
+        layer.self_attn.flex_attention, layer.checkpointing = traced, checkpointing
     records[0].prompt *= 20                                 # more than one block
     assert_same(fast, ours(fast, records), plain, ours(plain, records))
-    assert check.call_count >= 4                            # every layer used it
+    assert check.call_count >= 1
 
 
 @pytest.mark.parametrize("name, with_flex", [("llama3", False), ("gemma2-mild", True)])
