@@ -39,10 +39,12 @@ class InputError(Exception):
 
 
 def pick_device(name: str) -> str:
-    """The device type for auto, cpu or cuda; auto is cuda where there is one."""
+    """The device type for auto, cpu or cuda; auto is cuda where there is one. Also sets options of
+    torch for speed and memory."""
     # cuDNN's attention builds a plan for every new length, which takes about a second.
     torch.backends.cuda.enable_cudnn_sdp(False)
-    # In bf16 on CPUs, oneDNN keeps kernels of megabytes for every length, up to 1,024 of them.
+    # In bf16 on CPUs, oneDNN keeps megabytes of kernels for every new length, in two caches of
+    # 1,024 entries. 32 are enough.
     os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
     os.environ.setdefault("LRU_CACHE_CAPACITY", "32")
     if name == "cuda" and not torch.cuda.is_available():
@@ -233,7 +235,8 @@ class AttentionInputs:
     sizes: list                 # number of tokens of each part; their sum is T
     masks: dict                 # {window: a mask for each part, see Attention.attend_part}
     entering: torch.Tensor | None = None    # (n,) rows of the output of the layer below
-    # Generation: the keys and values so far, and where in them these tokens go; see next_logits().
+    # Generation: the keys and values so far, (L, 2, R, S or more, K, h), and where in them these
+    # tokens go, (R, T); see next_logits().
     cache: torch.Tensor | None = None
     position: torch.Tensor | None = None
 
@@ -443,7 +446,8 @@ class Linear(nn.Linear):
 
 def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
     """AttentionInputs of the tokens that enter `layer`. Without `flex` each row is a part. With it
-    (on GPUs) all rows are one part, padded to a power of two to limit recompilation."""
+    (on GPUs) all rows are one part, padded to a power of two, at least 128, to limit recompilation.
+    """
     kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
     entering = to_device(packed.index(kept, layer - 1), device)
     fields = torch.tensor([packed.position, packed.row, packed.segment])[:, kept]   # (3, n)
@@ -453,8 +457,8 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
         # Each padding token is a row of its own, so that it sees itself and its softmax is no NaN.
         fields[1, n:] = torch.arange(-size, -n)
     position, row, segment = fields                                         # (n or size,) each
-    sizes, masks = torch.unique_consecutive(row, return_counts=True)[1].tolist(), {}
-    sizes = [len(row)] if flex else sizes
+    sizes = [len(row)] if flex else torch.unique_consecutive(row, return_counts=True)[1].tolist()
+    masks = {}
     for window in set(config.windows):
         if flex:
             masks[window] = [block_mask(position, row, segment, window, device)]
@@ -463,7 +467,7 @@ def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: b
         sees = visibility(position, row, segment, window)
         for index in torch.arange(len(row)).split(sizes):                   # (T,) of one row
             T = len(index)
-            # The last position is T - 1 only if no segment begins where another one began.
+            # The last position is T - 1 if the row is a first segment and at most one other.
             if position[index[-1]] == T - 1 and (window is None or T <= window):
                 masks[window].append(None)              # plain causal attention
             else:
@@ -498,11 +502,12 @@ def block_mask(position, row, segment, window, device) -> BlockMask:
     size, block = len(row), 128
     counts = torch.unique_consecutive(row, return_counts=True)[1]
     row_begin = (counts.cumsum(0) - counts).repeat_interleave(counts)       # (size,)
-    # For each of the b blocks of queries: its last and first block of keys, how many, and which.
+    # For each of the b blocks of queries: its last and first block of keys, how many, and which
+    # (the first number[k] entries of line k count).
     last = torch.arange(size // block)                                      # (b,)
     first = row_begin[::block] // block                                     # (b,)
     number = (last - first + 1).int()                                       # (b,)
-    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, number or more)
+    which = torch.minimum(first[:, None] + last, last[:, None]).int()       # (b, b)
     sees = visibility(*[to_device(field, device) for field in (position, row, segment)], window)
     number, which = to_device(number[None, None], device), to_device(which[None, None], device)
     return BlockMask.from_kv_blocks(number, which, BLOCK_SIZE=block, mask_mod=sees,

@@ -5,10 +5,11 @@
     python tests/bench.py --shapes llama-2-7b --layers 8 --et_layer 4 --device cuda   needs no files
     python tests/bench.py --shapes gemma-2-2b --device cuda --dtype bf16 --side ours --profile FILE
 
---peer transformers: the same losses as one would write them first. Padded batches of --peer_batch
-records whose gradients accumulate, all hidden states, a dense cross-entropy over all positions; one
-pass for the target-language answer, one for each inner loss by logits (the prompt with the English
-text), and for features one without gradient for the English text.
+--peer transformers: the same losses, written in the simplest way. It runs padded batches of
+--peer_batch records and accumulates their gradients. Each pass runs all layers, keeps all hidden
+states and computes logits at all positions: one pass for the target-language answer, one more for
+each inner loss by logits (the prompt with the English text) or, for features, one without gradient
+for the English text. It runs without our settings of malloc, oneDNN and cuDNN.
 --peer liger: the same with Liger's kernels (--method tft on a GPU).
 With --shapes the weights are random. Without --data so are the ids, at lengths like Alpaca's.
 --peer FOLDER: another checkout of this project, such as the commit before.
@@ -54,7 +55,7 @@ def flags(args, names):
 
 
 def random_model(shapes, layers, folder, tokenizer=None, device="cpu"):
-    """Write a folder of random bf16 weights, with the tokenizer of another folder."""
+    """Write a folder of random bf16 weights, with the tokenizer of another folder if given."""
     D, M, L, H, K, h, V = SHAPES[shapes]
     write_json(dict(model_type="gemma2" if shapes.startswith("gemma") else "llama",
                     hidden_size=D, intermediate_size=M, num_hidden_layers=layers or L,
@@ -106,7 +107,7 @@ def prepare(args):
 
 
 def backward(sums, counts, means):
-    """Add the mean of each loss to means, and their gradients to the model's."""
+    """Add value / count of each loss to means, and the gradient of their sum to the model's."""
     loss = 0.0
     for term, value in sums.items():
         loss = loss + value / counts[term]
@@ -132,7 +133,7 @@ def ours(settings, config, method, records, model=None):
 
 
 def peer(settings, config, method, records, model=None, batch=8, liger=False):
-    """The same by transformers or Liger."""
+    """The same as ours(), by transformers or Liger, in padded batches."""
     if liger:
         from liger_kernel.transformers import AutoLigerKernelForCausalLM as Auto
     else:
@@ -231,7 +232,7 @@ def time_step(args, settings, model, losses, records):
         torch.nn.utils.clip_grad_norm_(model.parameters(), settings.clip)
         optimizer.step()
         optimizer.zero_grad()
-        means = {term: float(value) for term, value in means.items()}       # waits for a GPU
+        means = {term: float(value) for term, value in means.items()}       # waits for the GPU
         return means, time.perf_counter() - began
 
     _, first = step(records if gpu else records[:args.peer_batch])
@@ -245,7 +246,8 @@ def time_step(args, settings, model, losses, records):
         with torch.profiler.profile() as profile:
             step(records)
         averages = profile.key_averages()
-        with open(f"{args.profile}-{settings.method}.txt", "w", encoding="utf-8") as file:
+        name = f"{args.profile}-{settings.method}-{settings.micro_batch_tokens}.txt"
+        with open(name, "w", encoding="utf-8") as file:
             for device in ("device", "cpu") if gpu else ("cpu",):
                 file.write(averages.table(sort_by=f"self_{device}_time_total", row_limit=40,
                                           max_name_column_width=90))
@@ -307,12 +309,15 @@ def main():
     parser.add_argument("--micro_batch_tokens", type=int, default=4096)
     parser.add_argument("--compile", default="auto", choices=["auto", "yes", "no"])
     parser.add_argument("--device", default="cpu", choices=["cpu", "cuda"])
-    parser.add_argument("--side", help="run and time one side in this process; print JSON")
+    parser.add_argument("--side", choices=["ours", "transformers", "liger"],
+                        help="run and time one side in this process; print JSON")
     parser.add_argument("--cases", help="with --side: METHOD:SIZE,..., a size in tokens of a "
                         "micro-batch or, for a peer, in records of a batch")
-    parser.add_argument("--profile", help="with --side: profile one more step, to FILE-METHOD.txt",
-                        metavar="FILE")
+    parser.add_argument("--profile", metavar="FILE",
+                        help="with --side: profile one more step, to FILE-METHOD-SIZE.txt")
     args = parser.parse_args()
+    if not args.side and (args.cases or args.profile) or args.layers and not args.shapes:
+        parser.error("--cases and --profile need --side, --layers needs --shapes")
     with tempfile.TemporaryDirectory() as folder:
         if args.shapes:
             random_model(args.shapes, args.layers, folder, args.model, args.device)

@@ -2,9 +2,9 @@
 
     python tests/two_nodes.py
 
-Weights are sharded within a "machine" and replicated across the two (--replicas 2). (1) The four
-ranks compute what one process computes. (2) One rank of the second machine is killed: both agents
-start their ranks again, and the finished run is the undisturbed one, bit for bit.
+The weights are sharded over the four ranks. (1) They compute what one process computes. (2) One
+rank of the second machine is killed: both agents start their ranks again, and the finished run is
+the undisturbed one, bit for bit.
 """
 import os
 import signal
