@@ -274,7 +274,8 @@ def compare(args):
         there.append(figures(args, args.peer))
     for term, loss in here[0]["losses"].items():
         other = there[0]["losses"][term]
-        if abs(loss - other) > (1e-4 if args.dtype == "fp32" else 2e-2) * abs(other):
+        bound = (1e-4 if args.dtype == "fp32" else 2e-2) * abs(other)
+        if not abs(loss - other) <= bound:              # also for NaN
             print(f"the loss {term} differs: {loss} here, {other} in {args.peer}")
             if not os.path.isdir(args.peer):
                 sys.exit(1)

@@ -279,7 +279,7 @@ def finish_part(part, output, process, deadline):
         process.kill()
         late = [[part, "the rest", "FAILED: out of time"]]
     output.seek(0)
-    return [json.loads(line) for line in output if line.startswith("[")] + late
+    return [json.loads(line) for line in output if line.startswith('["')] + late
 
 
 def main():
