@@ -272,6 +272,8 @@ def compare(args):
     for _ in range(args.repeats):
         here.append(figures(args, "ours"))
         there.append(figures(args, args.peer))
+    if there[0].get("tokens") != here[0]["tokens"] and args.data == RANDOM:
+        sys.exit(f"{args.peer} draws other random records; give --data")
     for term, loss in here[0]["losses"].items():
         other = there[0]["losses"][term]
         bound = (1e-4 if args.dtype == "fp32" else 2e-2) * abs(other)

@@ -304,8 +304,8 @@ def main():
     for part in parts:
         if part not in known:
             parser.error(f"no part {part!r}; expected some of {', '.join(known)}")
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        parser.error(f"--out {args.out}: no such folder")
+    if not os.path.isdir(os.path.dirname(args.out) or ".") or os.path.isdir(args.out):
+        parser.error(f"--out {args.out}: expected a file in an existing folder")
     started = {part: start_part(part) for part in parts if part in SIDE_BY_SIDE}
     for part, started_part in started.items():
         rows += finish_part(part, *started_part, deadline)
