@@ -446,8 +446,8 @@ class Linear(nn.Linear):
 
 def attention_inputs(packed: Packed, layer: int, config: Config, device, flex: bool):
     """AttentionInputs of the tokens that enter `layer`. Without `flex` each row is a part. With it
-    (on GPUs) all rows are one part, padded to a power of two, at least 128, to limit recompilation.
-    """
+    (on GPUs) all rows are one part, padded to a power of two of 128 or more, which limits
+    recompilation."""
     kept = (torch.tensor(packed.depth) >= layer).nonzero()[:, 0]
     entering = to_device(packed.index(kept, layer - 1), device)
     fields = torch.tensor([packed.position, packed.row, packed.segment])[:, kept]   # (3, n)
